@@ -1,0 +1,277 @@
+"""QTensor: codes, scales and zero points as they lie in memory, and the way there and back.
+
+    x ~ (codes - zero_point) * scale          per block of the K-major view [free, contraction]
+
+``quantize_values`` is the one place where an operand meets its grid. Layers, optimizers and storage all use it,
+so that a simulated GEMM, a packed checkpoint and a kernel are held to the same numbers. All of it is float32:
+amax, scale = amax / max, v = x * (1 / scale) (one division a block, the same bits on every device), rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ranges
+from .formats.floating import E4M3
+from .spec import QuantSpec
+
+F, K = 0, 1  # axes of the K-major view
+
+
+class Quantized(NamedTuple):
+    """An operand on its grid, not yet packed.
+
+    values: [F, K] float32 grid values with the zero point taken off: x ~ values * scale.
+    scale: [F/r, K/c] float32, the value of one code step, all levels multiplied.
+    zero_point: like scale, or None.
+    inside: [F, K] bool, where the estimator passes the gradient; None if everywhere.
+    block_scale, tensor_scale: what is stored of the scale: [F/r, K/c] and 0-d (None where there is one level).
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    inside: Tensor | None
+    block_scale: Tensor
+    tensor_scale: Tensor | None
+
+
+def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(lo, hi) a block, [nr, 1, nc, 1]; symmetric ranges have lo = -hi. MSE is left to the caller."""
+    kind, value = spec.clip_kind_and_value
+    if spec.symmetric:
+        hi = amax = ranges.absmax(blocks)
+        if kind == "percentile":
+            hi = ranges.rank_from_top(blocks.abs(), spec.blocks.counts(shape, blocks.device), value)
+        elif kind == "rms":
+            mean_square = blocks.square().sum((1, 3), keepdim=True) / spec.blocks.counts(shape, blocks.device)
+            hi = torch.sqrt(mean_square) * value
+        if hi is not amax:
+            hi = torch.where(torch.isfinite(amax), hi, amax)
+        return -hi, hi
+    lo = torch.clamp(blocks.amin((1, 3), keepdim=True), max=0.0)
+    hi = torch.clamp(blocks.amax((1, 3), keepdim=True), min=0.0)
+    if kind == "percentile":
+        counts = spec.blocks.counts(shape, blocks.device)
+        finite = torch.isfinite(lo) & torch.isfinite(hi)
+        lo, hi = (
+            torch.where(finite, -torch.clamp(ranges.rank_from_top(-blocks, counts, value), min=0.0), lo),
+            torch.where(finite, torch.clamp(ranges.rank_from_top(blocks, counts, value), min=0.0), hi),
+        )
+    return lo, hi
+
+
+def _scale(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Range -> (scale, block scale as stored, tensor scale, zero point)."""
+    grid = spec.number_format
+    # A tensor divisor: CUDA's division by a Python scalar multiplies by its reciprocal, one unit in the last place off
+    width = torch.full_like(hi, grid.max)
+    if not spec.symmetric:
+        scale = torch.clamp((hi - lo) / width, min=spec.min_scale)
+        zero_point = torch.clamp(torch.round(-lo * (1.0 / scale)), 0.0, grid.max)
+        return scale, scale, None, torch.nan_to_num(zero_point, nan=0.0)
+    scale = torch.clamp(hi / width, min=spec.min_scale)
+    if spec.scale_format in ("e8m0", "e8m0_ceil"):
+        scale = ranges.e8m0(scale, hi, grid, ceil=spec.scale_format == "e8m0_ceil")
+    elif spec.tensor_scale:
+        stored, tensor_scale = ranges.e4m3_under_tensor_scale(scale)
+        return stored * tensor_scale, stored, tensor_scale, None
+    elif spec.scale_format == "e4m3":
+        scale = torch.clamp(E4M3.round(scale), min=2.0**-9)
+    return scale, scale, None, None
+
+
+def _round_blocks(
+    blocks: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(v = blocks / scale, its grid values less the zero point)."""
+    v = blocks * (1.0 / scale)
+    if zero_point is None:
+        return v, spec.number_format.round(v, noise)
+    return v, spec.number_format.round(v + zero_point, noise) - zero_point
+
+
+def _inside(v: Tensor, values: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    if spec.estimator == "ste":
+        return None
+    if spec.estimator == "trust":
+        return (values - v).abs() <= spec.number_format.widest_gap / 2
+    # v = x * (1 / scale) of the extreme element itself may exceed the end of the grid by rounding
+    slack = 2.0**-20 * spec.number_format.max
+    low, high = spec.number_format.min - slack, spec.number_format.max + slack
+    shifted = v if zero_point is None else v + zero_point
+    return (shifted >= low) & (shifted <= high)
+
+
+def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
+    """The operand x [F, K] (any float dtype) on the grid of ``spec``.
+
+    noise: [F, K] uniform float32 in [0, 1), needed exactly when ``spec.rounding`` is stochastic (else
+    ValueError). Differentiable code goes through ``qtrain.quant.fake_quantize`` or the layers.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"quantize_values takes a K-major matrix [free, contraction], got the shape {tuple(x.shape)}")
+    if (noise is not None) != spec.stochastic:
+        raise ValueError(f"rounding={spec.rounding!r} {'needs' if spec.stochastic else 'takes no'} noise")
+    shape = (x.shape[F], x.shape[K])
+    tiling = spec.blocks
+    if x.numel() == 0:
+        scale = x.new_full(tiling.scale_shape(*shape), spec.min_scale, dtype=torch.float32)
+        zero_point = None if spec.symmetric else torch.zeros_like(scale)
+        return Quantized(x.to(torch.float32), scale, zero_point, None, scale, scale.new_tensor(1.0) if spec.tensor_scale else None)
+
+    blocks = tiling.blocks(x.to(torch.float32))
+    noise_blocks = None if noise is None else tiling.blocks(noise)
+    lo, hi = _clip(blocks, shape, spec)
+    if spec.clip == "mse":
+
+        def round_at(ratio: float) -> Tensor:
+            scale, _, _, zero = _scale(lo * ratio, hi * ratio, spec)
+            return _round_blocks(blocks, scale, zero, spec, None)[1] * scale
+
+        ratio = ranges.mse_ratio(blocks, round_at)
+        lo, hi = lo * ratio, hi * ratio
+    scale, block_scale, tensor_scale, zero_point = _scale(lo, hi, spec)
+    v, values = _round_blocks(blocks, scale, zero_point, spec, noise_blocks)
+    inside = _inside(v, values, zero_point, spec)
+
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(t.shape[0], t.shape[2])
+
+    return Quantized(
+        values=tiling.unblock(values, shape),
+        scale=flat(scale),
+        zero_point=None if zero_point is None else flat(zero_point),
+        inside=None if inside is None else tiling.unblock(inside, shape),
+        block_scale=flat(block_scale),
+        tensor_scale=tensor_scale,
+    )
+
+
+def dequantize_values(values: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Grid values [F, K] times their scales [F/r, K/c]: float32 [F, K]."""
+    return values * spec.blocks.expand(scale, (values.shape[F], values.shape[K]))
+
+
+# --- packing: codes of b bits, side by side in bytes, each row by itself ---------------------------------------
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """The least number of codes that fills whole bytes, and how many bytes: 4 bits -> (2, 1), 3 -> (8, 3)."""
+    divisor = math.gcd(8, bits)
+    return 8 // divisor, bits // divisor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """[..., K] uint8 codes below 2^bits -> [..., bytes] uint8, little-endian, rows padded to whole bytes."""
+    if bits == 8:
+        return codes.contiguous()
+    unit_codes, unit_bytes = _unit(bits)
+    if codes.shape[-1] % unit_codes:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % unit_codes))
+    units = codes.unflatten(-1, (-1, unit_codes)).to(torch.int64)
+    word = sum((units[..., i] << (bits * i)) for i in range(1, unit_codes)) + units[..., 0]
+    return torch.stack([(word >> (8 * j)) & 0xFF for j in range(unit_bytes)], -1).flatten(-2).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of ``pack``: [..., bytes] -> [..., count] uint8."""
+    if bits == 8:
+        return packed
+    unit_codes, unit_bytes = _unit(bits)
+    units = packed.unflatten(-1, (-1, unit_bytes)).to(torch.int64)
+    word = sum((units[..., j] << (8 * j)) for j in range(1, unit_bytes)) + units[..., 0]
+    codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(unit_codes)], -1).flatten(-2)
+    return codes[..., :count].to(torch.uint8)
+
+
+def _store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.scale_format == "float32":
+        return scale
+    if spec.scale_format == "e4m3":
+        codes = E4M3.encode(scale)
+        return torch.where(torch.isnan(scale), 0x7F, codes.to(torch.int16)).to(torch.uint8)
+    exponent = (scale.view(torch.int32) >> 23) & 0xFF  # e8m0 is the exponent field of float32; 255 is NaN
+    return torch.where(torch.isfinite(scale), exponent, 255).to(torch.uint8)
+
+
+def _load_scale(stored: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.scale_format == "float32":
+        return stored
+    if spec.scale_format == "e4m3":
+        return E4M3.decode(stored)
+    power = (stored.to(torch.int32) << 23).view(torch.float32)
+    return torch.where(stored == 255, torch.nan, power)
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor as it is stored.
+
+    codes: uint8, leading dimensions of ``shape`` and packed bytes along the last. scale: [F/r, K/c] in the
+    spec's scale format (float32, or uint8 patterns of e8m0 and e4m3). zero_point: uint8 like scale, or None.
+    tensor_scale: 0-d float32 or None. F is the product of all leading dimensions, K the last.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    tensor_scale: Tensor | None
+    shape: tuple[int, ...]
+    spec: QuantSpec
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors held, by name."""
+        held = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point, "tensor_scale": self.tensor_scale}
+        return {name: t for name, t in held.items() if t is not None}
+
+    def ledger(self) -> dict[str, float]:
+        """Bits per element by part, and their ``total``: exactly the bytes held, padding included in codes."""
+        elements = max(math.prod(self.shape), 1)
+        parts = {name: 8.0 * t.numel() * t.element_size() / elements for name, t in self.tensors().items()}
+        return {**parts, "total": sum(parts.values())}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(1, -1) if x.dim() < 2 else x.reshape(-1, x.shape[-1])
+
+
+def quantize(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> QTensor:
+    """x [..., K] in any float dtype -> packed QTensor. The free axis is all leading dimensions together (a
+    vector is one row). noise: uniform float32 of x's shape for stochastic rounding."""
+    q = quantize_values(_as_matrix(x), spec, None if noise is None else _as_matrix(noise))
+    values = q.values
+    if q.zero_point is not None:
+        values = values + spec.blocks.expand(q.zero_point, (values.shape[F], values.shape[K]))
+    codes = spec.number_format.encode(values)
+    return QTensor(
+        codes=pack(codes, spec.bits).reshape(*x.shape[:-1], -1) if x.dim() else pack(codes, spec.bits).reshape(-1),
+        scale=_store_scale(q.block_scale, spec),
+        zero_point=None if q.zero_point is None else q.zero_point.to(torch.uint8),
+        tensor_scale=q.tensor_scale,
+        shape=tuple(x.shape),
+        spec=spec,
+    )
+
+
+def dequantize(q: QTensor) -> Tensor:
+    """float32 of the original shape."""
+    columns = q.shape[-1] if q.shape else 1
+    packed = q.codes.reshape(1, -1) if len(q.shape) < 2 else q.codes.reshape(-1, q.codes.shape[-1])
+    values = q.spec.number_format.decode(unpack(packed, q.spec.bits, columns))
+    shape = (values.shape[F], values.shape[K])
+    if q.zero_point is not None:
+        values = values - q.spec.blocks.expand(q.zero_point.to(torch.float32), shape)
+    scale = _load_scale(q.scale, q.spec)
+    if q.tensor_scale is not None:
+        scale = scale * q.tensor_scale
+    return dequantize_values(values, scale, q.spec).reshape(q.shape)

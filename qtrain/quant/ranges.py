@@ -1,0 +1,115 @@
+"""Ranges: from the elements of a block to its scale and zero point.
+
+    symmetric    x ~ codes * scale                     scale = amax / format.max
+    asymmetric   x ~ (codes - zero_point) * scale      scale = (hi - lo) / (2^b - 1), lo <= 0 <= hi
+
+A clip chooses amax (or lo, hi) within the block; a scale format rounds the scale itself (e8m0 powers of two:
+OCP MX v1.0 section 6.3; e4m3 under a second, per-tensor scale: NVFP4, arXiv 2509.25149 appendix B).
+
+A block of zeros gets the smallest scale, never zero. A block with NaN or infinity gets a NaN or infinite scale
+whatever the clip, so that all of it decodes to NaN: nothing non-finite disappears in a quantizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .formats import NumberFormat
+from .formats.floating import E4M3
+
+MIN_SCALE = 2.0**-100
+"""Default floor of scales: below it 1/scale or x/scale could overflow float32; 8e-31 is beneath any gradient."""
+
+MSE_RATIOS = tuple(1.0 - i / 40 for i in range(33))
+"""Shrinkage grid of the MSE clip: 1.0 down to 0.2 in steps of 0.025 of absmax (the optimum is flat: the error
+between two grid points is second order)."""
+
+
+def absmax(blocks: Tensor) -> Tensor:
+    """[nr, r, nc, c] -> [nr, 1, nc, 1]."""
+    return blocks.abs().amax((1, 3), keepdim=True)
+
+
+def rank_from_top(blocks: Tensor, counts: Tensor, percent: float) -> Tensor:
+    """The largest value of each block after leaving out (100 - percent)% of its elements from the top."""
+    nr, _, nc, _ = blocks.shape
+    flat = blocks.permute(0, 2, 1, 3).reshape(nr, nc, -1)
+    left_out = torch.floor(counts.reshape(counts.shape[0], counts.shape[2]) * ((100.0 - percent) / 100.0) + 1e-6)
+    left_out = left_out.to(torch.int64).expand(nr, nc)
+    top = torch.sort(flat, dim=-1, descending=True).values
+    return torch.gather(top, 2, left_out[..., None]).reshape(nr, 1, nc, 1)
+
+
+def mse_ratio(blocks: Tensor, round_at: Callable[[float], Tensor]) -> Tensor:
+    """Per block, the ratio of ``MSE_RATIOS`` whose ``round_at(ratio)`` (blocks -> blocks) errs least."""
+    best_error = best_ratio = None
+    for ratio in MSE_RATIOS:
+        error = (round_at(ratio) - blocks).square().sum((1, 3), keepdim=True)
+        if best_error is None:
+            best_error, best_ratio = error, torch.full_like(error, ratio)
+        else:
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_ratio = torch.where(better, ratio, best_ratio)
+    assert best_ratio is not None
+    return best_ratio
+
+
+@lru_cache(maxsize=None)
+def gaussian_clip(number_format: NumberFormat) -> float:
+    """The k that minimises E (Q(z) - z)^2 over z ~ N(0, 1) when the grid ends at k.
+
+    Trapezoidal quadrature over +-9 sigma, golden-section search (the error is unimodal in k up to ripples far
+    below the third digit). Reproduces QuEST's published constants for midrise grids to their digits.
+    """
+    z = torch.linspace(-9.0, 9.0, 36001, dtype=torch.float64)
+    density = torch.exp(-z * z / 2)
+    z32 = z.to(torch.float32)
+
+    def error(k: float) -> float:
+        scale = k / number_format.max
+        rounded = number_format.round(z32 / scale).to(torch.float64) * scale
+        return float(((rounded - z).square() * density).sum())
+
+    coarse = [0.4 + 0.05 * i for i in range(153)]
+    start = min(coarse, key=error)
+    low, high = start - 0.05, start + 0.05
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(24):  # 0.1 * golden^24 < 1e-6
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, b) if error(a) < error(b) else (a, high)
+    return (low + high) / 2
+
+
+def _power_of_two_floor(x: Tensor) -> Tensor:
+    """2^floor(log2 x) for x > 0, NaN and infinity kept (as NaN)."""
+    return torch.where(torch.isfinite(x), (x.view(torch.int32) & 0x7F800000).view(torch.float32), torch.nan)
+
+
+def e8m0(scale: Tensor, amax: Tensor, number_format: NumberFormat, *, ceil: bool) -> Tensor:
+    """Round scales to powers of two, 2^-126 .. 2^127.
+
+    floor (OCP): 2^(floor(log2 amax) - emax), emax = floor(log2 format.max). It saturates a block whose largest
+    mantissa exceeds the format's. ceil: the least power of two >= scale, which never saturates.
+    """
+    if ceil:
+        power = _power_of_two_floor(scale)
+        power = torch.where(power < scale, power * 2, power)
+    else:
+        power = _power_of_two_floor(amax) * 2.0 ** -math.floor(math.log2(number_format.max))
+    return torch.clamp(power, min=2.0**-126)
+
+
+def e4m3_under_tensor_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales -> (e4m3 values [nr, 1, nc, 1], tensor scale 0-d) with scale ~ e4m3 * tensor_scale.
+
+    tensor_scale = max(scale) / 448; a block whose scale would round to zero keeps the smallest e4m3 number.
+    """
+    tensor_scale = torch.clamp(scale.amax() / E4M3.max, min=2.0**-126)
+    stored = E4M3.round(scale * (1.0 / tensor_scale))
+    return torch.clamp(stored, min=2.0**-9), tensor_scale

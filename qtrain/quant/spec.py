@@ -1,0 +1,200 @@
+"""QuantSpec: how ONE operand is quantized. Frozen, hashable, validated at construction.
+
+Configs and command lines write it short, ``<format>[_<granularity>][_<modifier>...]``:
+
+    int4_row   int8_tensor   int4_group128_asym   e4m3_block128x128   int8_row_sr   midrise4_row_gaussian_trust
+
+or by the name of a standard layout (``mxfp8``, ``mxfp4``, ``nvfp4``), or as a mapping of the fields below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from .formats import IntegerFormat, NumberFormat, format_names, get_format
+from .granularity import Granularity
+from .ranges import MIN_SCALE, gaussian_clip
+
+SCALE_FORMATS = ("float32", "e8m0", "e8m0_ceil", "e4m3")
+ROUNDINGS = ("nearest", "stochastic")
+ESTIMATORS = ("ste", "clipped", "trust")
+CLIPS = "absmax, percentile:P, mse, rms:K, gaussian"
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    # OCP MX v1.0 with the ceil rule for e4m3, whose floor rule saturates every block with a mantissa over 1.75
+    "mxfp8": {"format": "e4m3", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    "mxfp4": {"format": "e2m1", "granularity": "group:32", "scale_format": "e8m0"},
+    "mxint8": {"format": "int8", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    "nvfp4": {"format": "e2m1", "granularity": "group:16", "scale_format": "e4m3", "tensor_scale": True},
+}
+MODIFIERS: dict[str, dict[str, Any]] = {
+    "sr": {"rounding": "stochastic"},
+    "asym": {"symmetric": False},
+    "mse": {"clip": "mse"},
+    "gaussian": {"clip": "gaussian"},
+    "clipped": {"estimator": "clipped"},
+    "trust": {"estimator": "trust"},
+}
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        raise ValueError(f"{field}={value!r}: allowed are {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one operand, seen K-major as [free, contraction], is quantized.
+
+    format: a name that ``get_format`` knows. granularity: who shares a scale (``Granularity.parse``).
+    symmetric: False adds a zero point (integers only); the range then always contains zero, so that zero stays
+    exact. clip: how the range is chosen within a block: ``absmax``; ``percentile:P`` (P percent of the elements
+    lie inside); ``mse`` (grid search); ``rms:K`` (K times the root mean square); ``gaussian`` (``rms:K`` with the
+    K that is optimal for this format on N(0, 1)). scale_format: what a scale is stored in; ``tensor_scale``: a
+    second, float32 scale for the whole tensor (needs ``e4m3``). rounding: ``nearest`` (ties to even) or
+    ``stochastic``. estimator of the gradient: ``ste`` passes it; ``clipped`` zeroes it where the value was
+    clipped; ``trust`` where it moved by more than half the widest step (QuEST, arXiv 2502.05003, section 3.2).
+    min_scale: floor of the scale.
+
+    Raises ValueError, naming the value, the allowed ones and the remedy.
+    """
+
+    format: str
+    granularity: str = "row"
+    symmetric: bool = True
+    clip: str = "absmax"
+    scale_format: str = "float32"
+    tensor_scale: bool = False
+    rounding: str = "nearest"
+    estimator: str = "ste"
+    min_scale: float = MIN_SCALE
+
+    def __post_init__(self) -> None:
+        get_format(self.format)
+        Granularity.parse(self.granularity)
+        _one_of("scale_format", self.scale_format, SCALE_FORMATS)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("estimator", self.estimator, ESTIMATORS)
+        kind, value = self.clip_kind_and_value
+        if not self.symmetric:
+            if not isinstance(get_format(self.format), IntegerFormat):
+                raise ValueError(f"symmetric=False with format {self.format!r}: a zero point needs an integer format, int2..int8")
+            if kind == "rms":
+                raise ValueError(f"clip={self.clip!r} is symmetric; with symmetric=False use absmax, percentile:P or mse")
+            if self.scale_format != "float32":
+                raise ValueError(f"scale_format={self.scale_format!r} with symmetric=False: a zero point needs scale_format=float32")
+        if self.tensor_scale and self.scale_format != "e4m3":
+            raise ValueError(f"tensor_scale=True with scale_format={self.scale_format!r}: a second level needs scale_format=e4m3")
+        if kind == "percentile" and not 50.0 <= value <= 100.0:
+            raise ValueError(f"clip={self.clip!r}: the percentile must lie in 50..100, for example percentile:99.9")
+        if kind == "rms" and not value > 0:
+            raise ValueError(f"clip={self.clip!r}: the factor must be positive, for example rms:2.5")
+        if not MIN_SCALE <= self.min_scale < math.inf:
+            raise ValueError(f"min_scale={self.min_scale!r}: must be at least 2^-100 and finite")
+
+    @cached_property
+    def number_format(self) -> NumberFormat:
+        """The grid that codes name: the format itself, or its unsigned counterpart with a zero point."""
+        chosen = get_format(self.format)
+        return chosen if self.symmetric else chosen.unsigned()
+
+    @cached_property
+    def blocks(self) -> Granularity:
+        return Granularity.parse(self.granularity)
+
+    @cached_property
+    def clip_kind_and_value(self) -> tuple[str, float]:
+        """("absmax" | "percentile" | "mse" | "rms", its number)."""
+        if self.clip in ("absmax", "mse"):
+            return self.clip, 0.0
+        if self.clip == "gaussian":
+            return "rms", gaussian_clip(get_format(self.format))
+        match = re.fullmatch(r"(percentile|rms):([0-9.]+)", self.clip)
+        if not match:
+            raise ValueError(f"clip={self.clip!r}: allowed are {CLIPS}")
+        return match[1], float(match[2])
+
+    @property
+    def bits(self) -> int:
+        return self.number_format.bits
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
+    def folds(self) -> bool:
+        """Whether a GEMM on grid values needs the scales in its epilogue only."""
+        return self.blocks.folds
+
+    def __str__(self) -> str:
+        defaults = {f.name: f.default for f in fields(self)}
+        parts = [self.format, self.granularity]
+        parts += [] if self.symmetric else ["asym"]
+        parts += [self.clip] if self.clip != "absmax" else []
+        parts += [f"scale:{self.scale_format}"] if self.scale_format != "float32" else []
+        parts += ["sr"] if self.stochastic else []
+        parts += [self.estimator] if self.estimator != "ste" else []
+        parts += [f"min_scale:{self.min_scale:g}"] if self.min_scale != defaults["min_scale"] else []
+        return " ".join(parts)
+
+    @staticmethod
+    def parse(text: str, *, granularity: str = "row") -> QuantSpec:
+        """From the short form. ``granularity``: which one where the text names none.
+
+        Raises ValueError with the allowed words.
+        """
+        base, rest = _split_format(text)
+        values = dict(LAYOUTS[base]) if base in LAYOUTS else {"format": base, "granularity": granularity}
+        for word in rest:
+            match = re.fullmatch(r"(tensor|row|column)|group(\d+)|block(\d+x\d+)", word)
+            if match:
+                named, group, block = match.groups()
+                values["granularity"] = named or (f"group:{group}" if group else f"block:{block}")
+            elif word in MODIFIERS:
+                values.update(MODIFIERS[word])
+            else:
+                near = difflib.get_close_matches(word, ["tensor", "row", "column", *MODIFIERS], n=1)
+                raise ValueError(
+                    f"{word!r} in the spec {text!r}: allowed are a granularity (tensor, row, column, group<G>, "
+                    f"block<R>x<C>) and modifiers ({', '.join(MODIFIERS)}){f'; did you mean {near[0]}?' if near else ''}"
+                )
+        return QuantSpec(**values)
+
+    @staticmethod
+    def of(value: QuantSpec | str | Mapping[str, Any], *, granularity: str = "row") -> QuantSpec:
+        """A spec from a spec, its short form, or a mapping of its fields."""
+        if isinstance(value, QuantSpec):
+            return value
+        if isinstance(value, str):
+            return QuantSpec.parse(value, granularity=granularity)
+        if isinstance(value, Mapping):
+            known = [f.name for f in fields(QuantSpec)]
+            for key in value:
+                _one_of("field of a spec", str(key), known)
+            return QuantSpec(**{"granularity": granularity, **{str(k): v for k, v in value.items()}})
+        raise TypeError(f"a spec is a QuantSpec, its short form or a mapping, not {type(value).__name__}: {value!r}")
+
+
+def _split_format(text: str) -> tuple[str, list[str]]:
+    """("int4", ["row", "sr"]) from "int4_row_sr"; format names may hold underscores themselves, and a plug-in's
+    ``package.module:Name`` is never split."""
+    if ":" in text:
+        return text, []
+    words = text.split("_")
+    for n in range(len(words), 0, -1):
+        base = "_".join(words[:n])
+        if base in LAYOUTS or base in format_names():
+            return base, words[n:]
+    near = difflib.get_close_matches(words[0], [*format_names(), *LAYOUTS], n=3)
+    raise ValueError(
+        f"spec {text!r}: {words[0]!r} is no number format{f'; did you mean {near[0]}?' if near else ''} Allowed: "
+        f"{', '.join([*format_names(), *LAYOUTS])}, as in int4_row or int8_group128_sr"
+    )
