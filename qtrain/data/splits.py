@@ -1,0 +1,188 @@
+"""Train and validation documents, deduplicated between the two.
+
+A validation loss measures memorisation as soon as a validation text, or nearly that text, is in the training
+data (Lee et al., "Deduplicating Training Data Makes Language Models Better", 2107.06499). So:
+
+1. Exact duplicates (equal after whitespace is normalised) are dropped; the first of them stays.
+2. A document's own content decides its side: ``uint64(sha256(normalised text)) < val_fraction * 2^64``.
+   Adding documents moves no other document to the other side.
+3. A TRAINING document that nearly duplicates a validation document is dropped. It is the training side that
+   loses, as in the decontamination of training sets against benchmarks: the validation set then stays what it
+   was when documents are added, and losses stay comparable.
+
+"Nearly duplicates" is Broder's containment ("On the resemblance and containment of documents", 1997): each
+document is the set A of hashes of all its windows of ``WINDOW_BYTES`` bytes, thinned to the hashes that are
+0 mod ``SAMPLE_MODULUS`` (equal windows are kept or dropped together, so shares are unbiased), and
+
+    |A ∩ B| / min(|A|, |B|)  >=  NEAR_DUPLICATE_SHARE
+
+which also finds a text quoted whole inside a longer one; the Jaccard index that MinHash estimates does not.
+Byte windows need no word boundaries and so work for code, prose and scripts without spaces; they are hashed
+with prefix sums of a polynomial, a handful of vectorised passes over the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qtrain.data.sources import TextSource
+
+# About ten words: shorter windows match boilerplate such as "import os\nimport sys", longer ones lose every
+# match around a one-word edit (an edit destroys WINDOW_BYTES windows).
+WINDOW_BYTES = 64
+# 1/4 of all windows: 100 bytes of text still give about 9 samples, and the table of the validation windows
+# stays small.
+SAMPLE_MODULUS = 4
+NEAR_DUPLICATE_SHARE = 0.5
+# Sets smaller than this are compared by exact duplication only: a share of a handful of samples is noise, and
+# such documents are shorter than about WINDOW_BYTES + 4 * SAMPLE_MODULUS bytes.
+MIN_SAMPLES = 4
+
+_BASE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, hence invertible modulo 2^64
+_BASE_INVERSE = pow(_BASE, -1, 1 << 64)
+
+
+class Side(IntEnum):
+    """What becomes of a document."""
+
+    TRAIN = 0
+    VAL = 1
+    EXACT_DUPLICATE = 2
+    NEAR_DUPLICATE = 3
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``sides``: [D] int8, the ``Side`` of each document in the order of the source."""
+
+    sides: NDArray[np.int8]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def normalise(text: str) -> bytes:
+    """``text`` with every run of whitespace as one space, in UTF-8."""
+    return " ".join(text.split()).encode("utf-8")
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele et al. 2014): spreads the polynomial's weak low bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _powers(base: int, count: int) -> NDArray[np.uint64]:
+    """[count] uint64: base^0, base^1, ... modulo 2^64."""
+    powers = np.full(count, base, dtype=np.uint64)
+    powers[:1] = 1
+    return np.cumprod(powers, dtype=np.uint64)
+
+
+def window_hashes(data: bytes) -> NDArray[np.uint64]:
+    """Sorted distinct sampled window hashes of ``data``, [M] uint64; empty below ``WINDOW_BYTES`` bytes.
+
+    With H[i] = sum_{j<i} (d_j + 1) b^j mod 2^64, the window at i hashes to mix((H[i+w] - H[i]) b^-i), which
+    depends on its bytes alone.
+    """
+    values = np.frombuffer(data, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
+    windows = len(values) - WINDOW_BYTES + 1
+    if windows <= 0:
+        return np.empty(0, dtype=np.uint64)
+    prefix = np.zeros(len(values) + 1, dtype=np.uint64)
+    np.cumsum(values * _powers(_BASE, len(values)), out=prefix[1:], dtype=np.uint64)
+    hashes = _mix((prefix[WINDOW_BYTES:] - prefix[:windows]) * _powers(_BASE_INVERSE, windows))
+    return np.unique(hashes[hashes % np.uint64(SAMPLE_MODULUS) == 0])
+
+
+class _WindowTable:
+    """Which validation documents contain which window."""
+
+    def __init__(self, documents: list[NDArray[np.uint64]]) -> None:
+        self.sizes = np.array([len(d) for d in documents], dtype=np.int64)
+        hashes = np.concatenate([np.empty(0, dtype=np.uint64), *documents])
+        owners = np.repeat(np.arange(len(documents)), self.sizes)
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.owners = hashes[order], owners[order]
+
+    def has_near_duplicate(self, windows: NDArray[np.uint64]) -> bool:
+        """Whether a document of the table shares NEAR_DUPLICATE_SHARE of the smaller set with ``windows``."""
+        first = np.searchsorted(self.hashes, windows, side="left")
+        repeats = np.searchsorted(self.hashes, windows, side="right") - first
+        hits = int(repeats.sum())
+        if hits == 0:
+            return False
+        starts = np.repeat(first - (np.cumsum(repeats) - repeats), repeats)
+        owners, shared = np.unique(self.owners[starts + np.arange(hits)], return_counts=True)
+        smaller = np.minimum(self.sizes[owners], len(windows))
+        return bool(((smaller >= MIN_SAMPLES) & (shared >= NEAR_DUPLICATE_SHARE * smaller)).any())
+
+
+def _first_pass(
+    source: TextSource, val_fraction: float, report: Callable[[int], None]
+) -> tuple[list[Side], list[NDArray[np.uint64]]]:
+    threshold = int(val_fraction * 2.0**64)
+    seen: set[bytes] = set()
+    sides: list[Side] = []
+    validation: list[NDArray[np.uint64]] = []
+    for document in source.documents():
+        data = normalise(document.text)
+        digest = hashlib.sha256(data).digest()
+        if digest in seen or not data:
+            sides.append(Side.EXACT_DUPLICATE)
+        elif int.from_bytes(digest[:8], "little") < threshold:
+            sides.append(Side.VAL)
+            validation.append(window_hashes(data))
+        else:
+            sides.append(Side.TRAIN)
+        seen.add(digest)
+        report(len(sides))
+    return sides, validation
+
+
+def assign_sides(
+    source: TextSource, val_fraction: float = 0.05, report: Callable[[int], None] = lambda done: None
+) -> Assignment:
+    """The side of every document of ``source``; two passes over it.
+
+    ``val_fraction``: the expected share of DOCUMENTS on the validation side, in (0, 1); the share of bytes
+    varies with their sizes. Documents of whitespace alone count as exact duplicates (of the empty text).
+    ``report``: called with the number of documents done, twice from 1 upwards.
+    Raises ValueError on a fraction outside (0, 1) and when a side would be empty.
+    """
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction {val_fraction} must lie strictly between 0 and 1, for example 0.05")
+    sides, validation = _first_pass(source, val_fraction, report)
+    table = _WindowTable(validation)
+    for i, document in enumerate(source.documents()):
+        if sides[i] is Side.TRAIN and table.has_near_duplicate(window_hashes(normalise(document.text))):
+            sides[i] = Side.NEAR_DUPLICATE
+        report(i + 1)
+    counts = {side.name.lower(): sides.count(side) for side in Side}
+    for side in (Side.TRAIN, Side.VAL):
+        if counts[side.name.lower()] == 0:
+            raise ValueError(
+                f"the {side.name.lower()} split of source {source.name!r} is empty ({counts}, val_fraction "
+                f"{val_fraction}); give more documents (a single large file can be cut into documents with "
+                "TextFilesSource(separator=...)) or another val_fraction"
+            )
+    return Assignment(np.array(sides, dtype=np.int8), counts)
+
+
+def labelled(source: TextSource, assignment: Assignment) -> Iterator[tuple[Side, str]]:
+    """(side, text) of each document in order. Raises RuntimeError when the source changed in between."""
+    count = 0
+    for count, document in enumerate(source.documents(), start=1):
+        if count > len(assignment.sides):
+            break
+        yield Side(int(assignment.sides[count - 1])), document.text
+    if count != len(assignment.sides):
+        raise RuntimeError(
+            f"source {source.name!r} changed while it was being prepared ({len(assignment.sides)} documents at "
+            f"first, then {count}); prepare again when nobody writes to it"
+        )
