@@ -11,8 +11,8 @@ element of every quantized operand owns its bits by name:
 ``mix`` is the 32-bit finaliser "lowbias32" (multipliers found by Chris Wellons' hash prospector, public
 domain); ``mix'`` adds the second row key between its two multiplications, so that two rows repeat each other's
 bits only if both of their 32-bit keys agree. All arithmetic is modulo 2^32, written on int32 tensors (torch
-has no uint32 multiplication) with the arithmetic right shift masked into a logical one. The Triton twin below
-is bit-equal by test.
+has no uint32 multiplication) with the arithmetic right shift masked into a logical one. The Triton twin,
+``counter_hash_triton``, is bit-equal by test.
 """
 
 from __future__ import annotations

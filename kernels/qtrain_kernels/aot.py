@@ -1,0 +1,139 @@
+"""Ahead-of-time builds of the Triton kernels, for architectures that need not be present.
+
+``python -m qtrain_kernels.aot [--op NAME] [--json FILE]`` compiles what each op's ``*_triton`` module lists in
+``builds()`` down to machine code and reads registers, stack and shared memory out of the binary. It proves that
+a kernel compiles and does not spill; it says nothing of values or speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtrain_kernels.op import Op, all_ops, kernel_module, write_atomically
+
+ARCHITECTURES = (80, 90, 100)  # A100; H100 and H200; B200
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation of one kernel.
+
+    ``types``: argument -> Triton type, for those not in ``constants``. ``divisible_by_16``: pointers and sizes
+    that the launcher's arguments satisfy in this specialisation (they decide vectorised loads). ``forbidden_ptx``:
+    instruction fragments whose presence would make the kernel wrong.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible_by_16: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    forbidden_ptx: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the binary holds. ``registers`` a thread; ``stack`` and ``local`` bytes a thread, where spills would
+    live; ``shared`` bytes a block as the launch asks for it; ``forbidden`` what of ``forbidden_ptx`` was found."""
+
+    op: str
+    build: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    ptx_local: bool
+    forbidden: tuple[str, ...]
+
+    @property
+    def problems(self) -> list[str]:
+        found = [f"PTX holds {text!r}" for text in self.forbidden]
+        if self.stack or self.local or self.ptx_local:
+            found.append(f"local memory: stack {self.stack}, local {self.local}, in PTX: {self.ptx_local}")
+        return found
+
+
+def compile_build(op: str, build: Build, arch: int) -> Result:
+    """Compile ``build`` for ``arch``; needs triton and no GPU, and a process without TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = build.kernel.arg_names
+    source = triton.compiler.ASTSource(
+        build.kernel,
+        signature={n: "constexpr" if n in build.constants else build.types[n] for n in names},
+        constexprs=dict(build.constants),
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible_by_16},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
+    ptx, usage = compiled.asm["ptx"], _resource_usage(compiled.asm["cubin"])
+    return Result(
+        op,
+        build.name,
+        arch,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        ptx_local=re.search(r"\.local\b", ptx) is not None,
+        forbidden=tuple(text for text in build.forbidden_ptx if text in ptx),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def results(ops: Mapping[str, Op[Any, Any]], architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Result]:
+    """Compile every build of every op that has a Triton kernel."""
+    for name, op in ops.items():
+        if "cuda" in op.kernels:
+            for build in kernel_module(op, "cuda").builds():
+                for arch in architectures:
+                    yield compile_build(name, build, arch)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m qtrain_kernels.aot", description=__doc__)
+    parser.add_argument("--op", help="one op (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    args = parser.parse_args(argv)
+    ops = all_ops()
+    if args.op is not None and args.op not in ops:
+        parser.error(f"unknown op {args.op!r}; the ops are {', '.join(ops)}")
+    rows = []
+    print("| op | build | sm | registers | stack and local bytes | shared bytes | warps |\n|---|---|---|---|---|---|---|")
+    for r in results(ops if args.op is None else {args.op: ops[args.op]}):
+        memory = r.stack + r.local
+        print(f"| {r.op} | {r.build} | {r.arch} | {r.registers} | {memory} | {r.shared} | {r.warps} |", flush=True)
+        for problem in r.problems:
+            print(f"PROBLEM: {r.op}, {r.build}, sm_{r.arch}: {problem}")
+        rows.append({**asdict(r), "problems": r.problems})
+    if args.json is not None:
+        write_atomically(args.json, json.dumps(rows, indent=1))
+    if any(row["problems"] for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
