@@ -115,7 +115,9 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
     ValueError). Differentiable code goes through ``qtrain.quant.fake_quantize`` or the layers.
     """
     if x.dim() != 2:
-        raise ValueError(f"quantize_values takes a K-major matrix [free, contraction], got the shape {tuple(x.shape)}")
+        raise ValueError(
+            f"quantize_values takes a K-major matrix [free, contraction], got the shape {tuple(x.shape)}"
+        )
     if (noise is not None) != spec.stochastic:
         raise ValueError(f"rounding={spec.rounding!r} {'needs' if spec.stochastic else 'takes no'} noise")
     shape = (x.shape[F], x.shape[K])
@@ -123,7 +125,14 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
     if x.numel() == 0:
         scale = x.new_full(tiling.scale_shape(*shape), spec.min_scale, dtype=torch.float32)
         zero_point = None if spec.symmetric else torch.zeros_like(scale)
-        return Quantized(x.to(torch.float32), scale, zero_point, None, scale, scale.new_tensor(1.0) if spec.tensor_scale else None)
+        return Quantized(
+            x.to(torch.float32),
+            scale,
+            zero_point,
+            None,
+            scale,
+            scale.new_tensor(1.0) if spec.tensor_scale else None,
+        )
 
     blocks = tiling.blocks(x.to(torch.float32))
     noise_blocks = None if noise is None else tiling.blocks(noise)
@@ -227,7 +236,12 @@ class QTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors held, by name."""
-        held = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point, "tensor_scale": self.tensor_scale}
+        held = {
+            "codes": self.codes,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "tensor_scale": self.tensor_scale,
+        }
         return {name: t for name, t in held.items() if t is not None}
 
     def ledger(self) -> dict[str, float]:
@@ -254,7 +268,9 @@ def quantize(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> QTensor
         values = values + spec.blocks.expand(q.zero_point, (values.shape[F], values.shape[K]))
     codes = spec.number_format.encode(values)
     return QTensor(
-        codes=pack(codes, spec.bits).reshape(*x.shape[:-1], -1) if x.dim() else pack(codes, spec.bits).reshape(-1),
+        codes=pack(codes, spec.bits).reshape(*x.shape[:-1], -1)
+        if x.dim()
+        else pack(codes, spec.bits).reshape(-1),
         scale=_store_scale(q.block_scale, spec),
         zero_point=None if q.zero_point is None else q.zero_point.to(torch.uint8),
         tensor_scale=q.tensor_scale,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ def rank_from_top(blocks: Tensor, counts: Tensor, percent: float) -> Tensor:
     """The largest value of each block after leaving out (100 - percent)% of its elements from the top."""
     nr, _, nc, _ = blocks.shape
     flat = blocks.permute(0, 2, 1, 3).reshape(nr, nc, -1)
-    left_out = torch.floor(counts.reshape(counts.shape[0], counts.shape[2]) * ((100.0 - percent) / 100.0) + 1e-6)
+    left_out = torch.floor(
+        counts.reshape(counts.shape[0], counts.shape[2]) * ((100.0 - percent) / 100.0) + 1e-6
+    )
     left_out = left_out.to(torch.int64).expand(nr, nc)
     top = torch.sort(flat, dim=-1, descending=True).values
     return torch.gather(top, 2, left_out[..., None]).reshape(nr, 1, nc, 1)
@@ -47,20 +49,21 @@ def rank_from_top(blocks: Tensor, counts: Tensor, percent: float) -> Tensor:
 
 def mse_ratio(blocks: Tensor, round_at: Callable[[float], Tensor]) -> Tensor:
     """Per block, the ratio of ``MSE_RATIOS`` whose ``round_at(ratio)`` (blocks -> blocks) errs least."""
-    best_error = best_ratio = None
-    for ratio in MSE_RATIOS:
-        error = (round_at(ratio) - blocks).square().sum((1, 3), keepdim=True)
-        if best_error is None:
-            best_error, best_ratio = error, torch.full_like(error, ratio)
-        else:
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_ratio = torch.where(better, ratio, best_ratio)
-    assert best_ratio is not None
+
+    def error_at(ratio: float) -> Tensor:
+        return (round_at(ratio) - blocks).square().sum((1, 3), keepdim=True)
+
+    best_error = error_at(MSE_RATIOS[0])
+    best_ratio = torch.full_like(best_error, MSE_RATIOS[0])
+    for ratio in MSE_RATIOS[1:]:
+        error = error_at(ratio)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_ratio = torch.where(better, ratio, best_ratio)
     return best_ratio
 
 
-@lru_cache(maxsize=None)
+@cache
 def gaussian_clip(number_format: NumberFormat) -> float:
     """The k that minimises E (Q(z) - z)^2 over z ~ N(0, 1) when the grid ends at k.
 

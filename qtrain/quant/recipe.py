@@ -36,7 +36,9 @@ def as_operand(value: Any, where: str, *, reuse: bool = False) -> Operand:
         return None
     if value == "fprop":
         if not reuse:
-            raise ValueError(f"{where}='fprop': only dgrad.weight and wgrad.input can reuse the forward's operand; give a spec or none")
+            raise ValueError(
+                f"{where}='fprop': only dgrad.weight and wgrad.input can reuse the forward's operand; give a spec or none"
+            )
         return "fprop"
     try:
         return QuantSpec.of(value)
@@ -49,10 +51,14 @@ def _as(cls: type, value: Any) -> Any:
     if isinstance(value, Mapping):
         unknown = set(map(str, value)) - set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
         if unknown:
-            raise ValueError(f"{cls.__name__}: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(cls.__dataclass_fields__)}")  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{cls.__name__}: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(cls.__dataclass_fields__)}"
+            )  # type: ignore[attr-defined]
         return cls(**{str(k): v for k, v in value.items()})
     if not isinstance(value, cls):
-        raise TypeError(f"expected a {cls.__name__} or a mapping of its fields, got {type(value).__name__}: {value!r}")
+        raise TypeError(
+            f"expected a {cls.__name__} or a mapping of its fields, got {type(value).__name__}: {value!r}"
+        )
     return value
 
 
@@ -60,7 +66,9 @@ def _transform(value: Any, reused: bool, gemm: str) -> Transform | None:
     transform = Transform.parse(value) if isinstance(value, str) and value != "none" else value
     transform = None if transform == "none" else transform
     if transform is not None and reused:
-        raise ValueError(f"{gemm}.transform={str(transform)!r} with an operand 'fprop': codes of the forward cannot be transformed again; use a spec there")
+        raise ValueError(
+            f"{gemm}.transform={str(transform)!r} with an operand 'fprop': codes of the forward cannot be transformed again; use a spec there"
+        )
     return transform
 
 
@@ -125,18 +133,28 @@ class LinearRecipe:
         if self.saved not in ("high_precision", "quantized"):
             raise ValueError(f"saved={self.saved!r}: allowed are high_precision and quantized")
         if self.saved == "quantized" and self.wgrad.input is None:
-            raise ValueError("saved='quantized' with wgrad.input=none: a high-precision wgrad needs x itself; quantize wgrad.input or save high_precision")
+            raise ValueError(
+                "saved='quantized' with wgrad.input=none: a high-precision wgrad needs x itself; quantize wgrad.input or save high_precision"
+            )
         for reused, source, name in (
             (self.dgrad.weight, self.fprop.weight, "dgrad.weight='fprop' but fprop.weight"),
             (self.wgrad.input, self.fprop.input, "wgrad.input='fprop' but fprop.input"),
         ):
             if reused == "fprop" and source is None:
-                raise ValueError(f"{name}=none: there is no quantized operand to reuse; write none there, or quantize the forward")
+                raise ValueError(
+                    f"{name}=none: there is no quantized operand to reuse; write none there, or quantize the forward"
+                )
 
     def operands(self) -> dict[str, Operand]:
         """The six operands by name, ``fprop.input`` .. ``wgrad.input``."""
-        names = {"fprop": ("input", "weight"), "dgrad": ("grad_output", "weight"), "wgrad": ("grad_output", "input")}
-        return {f"{gemm}.{name}": getattr(getattr(self, gemm), name) for gemm in GEMMS for name in names[gemm]}
+        names = {
+            "fprop": ("input", "weight"),
+            "dgrad": ("grad_output", "weight"),
+            "wgrad": ("grad_output", "input"),
+        }
+        return {
+            f"{gemm}.{name}": getattr(getattr(self, gemm), name) for gemm in GEMMS for name in names[gemm]
+        }
 
     def resolved(self, operand: str) -> QuantSpec | None:
         """The spec behind an operand's name, "fprop" followed to the forward's."""
@@ -148,13 +166,16 @@ class LinearRecipe:
     @property
     def quantizes(self) -> bool:
         """Whether any operand is quantized or any GEMM transformed."""
-        return any(v is not None for v in self.operands().values()) or any(getattr(self, g).transform is not None for g in GEMMS)
+        return any(v is not None for v in self.operands().values()) or any(
+            getattr(self, g).transform is not None for g in GEMMS
+        )
 
     @property
     def stochastic(self) -> bool:
         """Whether it draws random bits: stochastic rounding or a randomized transform."""
         return any(isinstance(v, QuantSpec) and v.stochastic for v in self.operands().values()) or any(
-            t is not None and t.randomized for t in (self.fprop.transform, self.dgrad.transform, self.wgrad.transform)  # type: ignore[union-attr]
+            t is not None and t.randomized
+            for t in (self.fprop.transform, self.dgrad.transform, self.wgrad.transform)  # type: ignore[union-attr]
         )
 
 
@@ -192,7 +213,9 @@ class ModelRecipe:
         exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
         object.__setattr__(self, "exclude", exclude)
         if self.compute != "simulated":
-            raise ValueError(f"compute={self.compute!r}: allowed is simulated (grid values in bf16 or fp32 GEMMs)")
+            raise ValueError(
+                f"compute={self.compute!r}: allowed is simulated (grid values in bf16 or fp32 GEMMs)"
+            )
 
     def for_layer(self, name: str) -> LinearRecipe | None:
         """The recipe of the layer of that dotted name, None for high precision."""

@@ -46,7 +46,9 @@ MODIFIERS: dict[str, dict[str, Any]] = {
 def _one_of(field: str, value: str, allowed: tuple[str, ...] | list[str]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
-        raise ValueError(f"{field}={value!r}: allowed are {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}")
+        raise ValueError(
+            f"{field}={value!r}: allowed are {', '.join(allowed)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +87,25 @@ class QuantSpec:
         kind, value = self.clip_kind_and_value
         if not self.symmetric:
             if not isinstance(get_format(self.format), IntegerFormat):
-                raise ValueError(f"symmetric=False with format {self.format!r}: a zero point needs an integer format, int2..int8")
+                raise ValueError(
+                    f"symmetric=False with format {self.format!r}: a zero point needs an integer format, int2..int8"
+                )
             if kind == "rms":
-                raise ValueError(f"clip={self.clip!r} is symmetric; with symmetric=False use absmax, percentile:P or mse")
+                raise ValueError(
+                    f"clip={self.clip!r} is symmetric; with symmetric=False use absmax, percentile:P or mse"
+                )
             if self.scale_format != "float32":
-                raise ValueError(f"scale_format={self.scale_format!r} with symmetric=False: a zero point needs scale_format=float32")
+                raise ValueError(
+                    f"scale_format={self.scale_format!r} with symmetric=False: a zero point needs scale_format=float32"
+                )
         if self.tensor_scale and self.scale_format != "e4m3":
-            raise ValueError(f"tensor_scale=True with scale_format={self.scale_format!r}: a second level needs scale_format=e4m3")
+            raise ValueError(
+                f"tensor_scale=True with scale_format={self.scale_format!r}: a second level needs scale_format=e4m3"
+            )
         if kind == "percentile" and not 50.0 <= value <= 100.0:
-            raise ValueError(f"clip={self.clip!r}: the percentile must lie in 50..100, for example percentile:99.9")
+            raise ValueError(
+                f"clip={self.clip!r}: the percentile must lie in 50..100, for example percentile:99.9"
+            )
         if kind == "rms" and not value > 0:
             raise ValueError(f"clip={self.clip!r}: the factor must be positive, for example rms:2.5")
         if not MIN_SCALE <= self.min_scale < math.inf:
@@ -180,7 +192,9 @@ class QuantSpec:
             for key in value:
                 _one_of("field of a spec", str(key), known)
             return QuantSpec(**{"granularity": granularity, **{str(k): v for k, v in value.items()}})
-        raise TypeError(f"a spec is a QuantSpec, its short form or a mapping, not {type(value).__name__}: {value!r}")
+        raise TypeError(
+            f"a spec is a QuantSpec, its short form or a mapping, not {type(value).__name__}: {value!r}"
+        )
 
 
 def _split_format(text: str) -> tuple[str, list[str]]:

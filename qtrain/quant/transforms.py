@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sylvester(block: int) -> Tensor:
     """H_B [B, B] float32, orthogonal and symmetric (Sylvester's construction)."""
     h = torch.ones(1, 1, dtype=torch.float64)
@@ -38,7 +38,9 @@ class Transform:
         match = re.fullmatch(r"(hadamard|rht):(\d+)", text)
         block = int(match[2]) if match else 0
         if not match or block & (block - 1) or not 2 <= block <= 1024:
-            raise ValueError(f"transform {text!r}: allowed are hadamard:B and rht:B, B a power of two from 2 to 1024")
+            raise ValueError(
+                f"transform {text!r}: allowed are hadamard:B and rht:B, B a power of two from 2 to 1024"
+            )
         return Transform(block, match[1] == "rht")
 
     def __str__(self) -> str:
@@ -49,7 +51,9 @@ class Transform:
         if contraction % self.block:
             fitting = max((b for b in (2**i for i in range(1, 11)) if contraction % b == 0), default=None)
             remedy = f"use a block of {fitting} or exclude the layer" if fitting else "exclude the layer"
-            raise ValueError(f"{where}: the transform {self} needs a contraction divisible by {self.block}, got {contraction}; {remedy}")
+            raise ValueError(
+                f"{where}: the transform {self} needs a contraction divisible by {self.block}, got {contraction}; {remedy}"
+            )
 
     def _hadamard(self, x: Tensor) -> Tensor:
         h = _sylvester(self.block).to(x.device)

@@ -6,14 +6,22 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from .base import NumberFormat
 from .codebook import CodebookFormat, dynamic_tree
 from .floating import E2M1, E4M3, E5M2, FloatFormat
 from .integer import IntegerFormat, MidriseFormat
 
-__all__ = ["CodebookFormat", "FloatFormat", "IntegerFormat", "MidriseFormat", "NumberFormat", "format_names", "get_format"]
+__all__ = [
+    "CodebookFormat",
+    "FloatFormat",
+    "IntegerFormat",
+    "MidriseFormat",
+    "NumberFormat",
+    "format_names",
+    "get_format",
+]
 
 _NAMED: dict[str, NumberFormat] = {
     **{f"int{b}": IntegerFormat(b) for b in range(2, 9)},
@@ -30,7 +38,7 @@ def format_names() -> list[str]:
     return list(_NAMED)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_format(name: str) -> NumberFormat:
     """The format of that name, or of that ``package.module:Name``.
 
@@ -44,8 +52,12 @@ def get_format(name: str) -> NumberFormat:
         found = getattr(importlib.import_module(module), attribute)
         found = found if isinstance(found, NumberFormat) else found()
         if not isinstance(found, NumberFormat):
-            raise TypeError(f"format {name!r} is a {type(found).__name__}, not a qtrain.quant.formats.NumberFormat")
+            raise TypeError(
+                f"format {name!r} is a {type(found).__name__}, not a qtrain.quant.formats.NumberFormat"
+            )
         return found
     near = difflib.get_close_matches(name, _NAMED, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"unknown number format {name!r}{hint} Allowed: {', '.join(_NAMED)}, or 'package.module:Name'")
+    raise ValueError(
+        f"unknown number format {name!r}{hint} Allowed: {', '.join(_NAMED)}, or 'package.module:Name'"
+    )

@@ -55,4 +55,6 @@ class NumberFormat(ABC):
 
     def unsigned(self) -> NumberFormat:
         """The format of equal bits for non-negative numbers; raises ValueError where there is none."""
-        raise ValueError(f"format {self.name!r} has no unsigned counterpart; those with one: int2..int8, dynamic8, dynamic4")
+        raise ValueError(
+            f"format {self.name!r} has no unsigned counterpart; those with one: int2..int8, dynamic8, dynamic4"
+        )

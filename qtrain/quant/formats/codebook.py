@@ -29,8 +29,12 @@ class CodebookFormat(NumberFormat):
     exact_in_bf16 = False
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.table) <= 256 or any(a >= b for a, b in zip(self.table, self.table[1:], strict=False)):
-            raise ValueError(f"codebook {self.name!r} needs 2 to 256 strictly increasing levels, got {len(self.table)}")
+        if not 2 <= len(self.table) <= 256 or any(
+            a >= b for a, b in zip(self.table, self.table[1:], strict=False)
+        ):
+            raise ValueError(
+                f"codebook {self.name!r} needs 2 to 256 strictly increasing levels, got {len(self.table)}"
+            )
 
     @cached_property
     def bits(self) -> int:  # type: ignore[override]

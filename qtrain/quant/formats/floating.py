@@ -68,7 +68,9 @@ class FloatFormat(NumberFormat):
     def encode(self, values: Tensor) -> Tensor:
         magnitudes = torch.nan_to_num(self._magnitudes(values.device), nan=float("inf"))
         values = torch.nan_to_num(values, nan=0.0)
-        codes = torch.bucketize(values.abs(), magnitudes)  # codes of non-negative floats are in order of value
+        codes = torch.bucketize(
+            values.abs(), magnitudes
+        )  # codes of non-negative floats are in order of value
         return (codes | (torch.signbit(values).to(torch.int64) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:

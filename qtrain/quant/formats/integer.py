@@ -1,8 +1,8 @@
 """Integers: uniform grids, two's complement (`int4`), unsigned (`uint4`) and without zero (`midrise4`).
 
-    int<b>      -2^(b-1) .. 2^(b-1) - 1
-    uint<b>     0 .. 2^b - 1                          (also the codes of an asymmetric int<b>)
-    midrise<b>  +-1/2, +-3/2, .. +-(2^b - 1)/2        (QuEST, arXiv 2502.05003: D*(round(x/D + 1/2) - 1/2))
+int<b>      -2^(b-1) .. 2^(b-1) - 1
+uint<b>     0 .. 2^b - 1                          (also the codes of an asymmetric int<b>)
+midrise<b>  +-1/2, +-3/2, .. +-(2^b - 1)/2        (QuEST, arXiv 2502.05003: D*(round(x/D + 1/2) - 1/2))
 """
 
 from __future__ import annotations
