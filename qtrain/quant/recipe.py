@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Union
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .spec import QuantSpec
 from .transforms import Transform
 
-Operand = Union[None, QuantSpec, str]
+Operand = QuantSpec | str | None
 GEMMS = ("fprop", "dgrad", "wgrad")
 
 
@@ -49,11 +49,12 @@ def as_operand(value: Any, where: str, *, reuse: bool = False) -> Operand:
 def _as(cls: type, value: Any) -> Any:
     """A sub-recipe from itself or a mapping of its fields."""
     if isinstance(value, Mapping):
-        unknown = set(map(str, value)) - set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        allowed = [f.name for f in fields(cls)]
+        unknown = [str(key) for key in value if key not in allowed]
         if unknown:
             raise ValueError(
-                f"{cls.__name__}: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(cls.__dataclass_fields__)}"
-            )  # type: ignore[attr-defined]
+                f"{cls.__name__}: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}"
+            )
         return cls(**{str(k): v for k, v in value.items()})
     if not isinstance(value, cls):
         raise TypeError(
@@ -174,8 +175,7 @@ class LinearRecipe:
     def stochastic(self) -> bool:
         """Whether it draws random bits: stochastic rounding or a randomized transform."""
         return any(isinstance(v, QuantSpec) and v.stochastic for v in self.operands().values()) or any(
-            t is not None and t.randomized
-            for t in (self.fprop.transform, self.dgrad.transform, self.wgrad.transform)  # type: ignore[union-attr]
+            isinstance(t, Transform) and t.randomized for t in (getattr(self, g).transform for g in GEMMS)
         )
 
 

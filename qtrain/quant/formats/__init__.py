@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from functools import cache, lru_cache
+from functools import cache
 
 from .base import NumberFormat
 from .codebook import CodebookFormat, dynamic_tree
