@@ -259,35 +259,42 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x.reshape(1, -1) if x.dim() < 2 else x.reshape(-1, x.shape[-1])
 
 
-def quantize(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> QTensor:
-    """x [..., K] in any float dtype -> packed QTensor. The free axis is all leading dimensions together (a
-    vector is one row). noise: uniform float32 of x's shape for stochastic rounding."""
-    q = quantize_values(_as_matrix(x), spec, None if noise is None else _as_matrix(noise))
+def to_qtensor(q: Quantized, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    """Pack an operand on its grid; ``shape`` [..., K] is the shape to give back."""
     values = q.values
     if q.zero_point is not None:
         values = values + spec.blocks.expand(q.zero_point, (values.shape[F], values.shape[K]))
-    codes = spec.number_format.encode(values)
+    codes = pack(spec.number_format.encode(values), spec.bits)
     return QTensor(
-        codes=pack(codes, spec.bits).reshape(*x.shape[:-1], -1)
-        if x.dim()
-        else pack(codes, spec.bits).reshape(-1),
+        codes=codes.reshape(*shape[:-1], codes.shape[-1]),
         scale=_store_scale(q.block_scale, spec),
         zero_point=None if q.zero_point is None else q.zero_point.to(torch.uint8),
         tensor_scale=q.tensor_scale,
-        shape=tuple(x.shape),
+        shape=tuple(shape),
         spec=spec,
     )
 
 
-def dequantize(q: QTensor) -> Tensor:
-    """float32 of the original shape."""
-    columns = q.shape[-1] if q.shape else 1
-    packed = q.codes.reshape(1, -1) if len(q.shape) < 2 else q.codes.reshape(-1, q.codes.shape[-1])
-    values = q.spec.number_format.decode(unpack(packed, q.spec.bits, columns))
+def grid_values(q: QTensor) -> tuple[Tensor, Tensor]:
+    """Unpack: (grid values less the zero point [F, K], scale [F/r, K/c]), both float32; x ~ values * scale."""
+    values = q.spec.number_format.decode(
+        unpack(_as_matrix(q.codes), q.spec.bits, q.shape[-1] if q.shape else 1)
+    )
     shape = (values.shape[F], values.shape[K])
     if q.zero_point is not None:
         values = values - q.spec.blocks.expand(q.zero_point.to(torch.float32), shape)
     scale = _load_scale(q.scale, q.spec)
-    if q.tensor_scale is not None:
-        scale = scale * q.tensor_scale
+    return values, scale if q.tensor_scale is None else scale * q.tensor_scale
+
+
+def quantize(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> QTensor:
+    """x [..., K] in any float dtype -> packed QTensor. The free axis is all leading dimensions together (a
+    vector is one row). noise: uniform float32 of x's shape for stochastic rounding."""
+    q = quantize_values(_as_matrix(x), spec, None if noise is None else _as_matrix(noise))
+    return to_qtensor(q, spec, tuple(x.shape))
+
+
+def dequantize(q: QTensor) -> Tensor:
+    """float32 of the original shape."""
+    values, scale = grid_values(q)
     return dequantize_values(values, scale, q.spec).reshape(q.shape)

@@ -79,7 +79,7 @@ class FpropRecipe:
 
     input: Operand = None
     weight: Operand = None
-    transform: Transform | str | None = None
+    transform: Transform | None = None  # or its short form, parsed here
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input", as_operand(self.input, "fprop.input"))
@@ -93,7 +93,7 @@ class DgradRecipe:
 
     grad_output: Operand = None
     weight: Operand = None
-    transform: Transform | str | None = None
+    transform: Transform | None = None  # or its short form, parsed here
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grad_output", as_operand(self.grad_output, "dgrad.grad_output"))
@@ -107,7 +107,7 @@ class WgradRecipe:
 
     grad_output: Operand = None
     input: Operand = None
-    transform: Transform | str | None = None
+    transform: Transform | None = None  # or its short form, parsed here
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grad_output", as_operand(self.grad_output, "wgrad.grad_output"))
