@@ -1,6 +1,6 @@
 """Ahead-of-time builds of the Triton kernels, for architectures that need not be present.
 
-``python -m qtrain_kernels.aot [--op NAME] [--json FILE]`` compiles what each op's ``*_triton`` module lists in
+``python -m qtrain_kernels.aot [--op NAME] [--json]`` compiles what each op's ``*_triton`` module lists in
 ``builds()`` down to machine code and reads registers, stack and shared memory out of the binary. It proves that
 a kernel compiles and does not spill; it says nothing of values or speed.
 """
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain_kernels.op import Op, all_ops, kernel_module, write_atomically
+from qtrain_kernels.op import Op, all_ops, kernel_module
 
 ARCHITECTURES = (80, 90, 100)  # A100; H100 and H200; B200
 
@@ -28,7 +28,8 @@ class Build:
 
     ``types``: argument -> Triton type, for those not in ``constants``. ``divisible_by_16``: pointers and sizes
     that the launcher's arguments satisfy in this specialisation (they decide vectorised loads). ``forbidden_ptx``:
-    instruction fragments whose presence would make the kernel wrong.
+    instruction fragments whose presence would make the kernel wrong. ``max_registers``: a guard against silent
+    growth; at 128 a multiprocessor (65536 registers) still holds 16 warps.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Build:
     divisible_by_16: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     forbidden_ptx: tuple[str, ...] = ()
+    max_registers: int = 128
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Result:
     build: str
     arch: int
     registers: int
+    max_registers: int
     stack: int
     local: int
     shared: int
@@ -61,6 +64,8 @@ class Result:
         found = [f"PTX holds {text!r}" for text in self.forbidden]
         if self.stack or self.local or self.ptx_local:
             found.append(f"local memory: stack {self.stack}, local {self.local}, in PTX: {self.ptx_local}")
+        if self.registers > self.max_registers:
+            found.append(f"{self.registers} registers, more than {self.max_registers}")
         return found
 
 
@@ -83,6 +88,7 @@ def compile_build(op: str, build: Build, arch: int) -> Result:
         build.name,
         arch,
         registers=usage["REG"],
+        max_registers=build.max_registers,
         stack=usage["STACK"],
         local=usage["LOCAL"],
         shared=compiled.metadata.shared,
@@ -104,7 +110,9 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def results(ops: Mapping[str, Op[Any, Any]], architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Result]:
+def results(
+    ops: Mapping[str, Op[Any, Any]], architectures: tuple[int, ...] = ARCHITECTURES
+) -> Iterator[Result]:
     """Compile every build of every op that has a Triton kernel."""
     for name, op in ops.items():
         if "cuda" in op.kernels:
@@ -116,22 +124,28 @@ def results(ops: Mapping[str, Op[Any, Any]], architectures: tuple[int, ...] = AR
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qtrain_kernels.aot", description=__doc__)
     parser.add_argument("--op", help="one op (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     args = parser.parse_args(argv)
     ops = all_ops()
     if args.op is not None and args.op not in ops:
         parser.error(f"unknown op {args.op!r}; the ops are {', '.join(ops)}")
-    rows = []
-    print("| op | build | sm | registers | stack and local bytes | shared bytes | warps |\n|---|---|---|---|---|---|---|")
+    if not args.json:
+        print("| op | build | sm | registers | stack and local bytes | shared bytes | warps |")
+        print("|---|---|---|---|---|---|---|")
+    failed = False
     for r in results(ops if args.op is None else {args.op: ops[args.op]}):
-        memory = r.stack + r.local
-        print(f"| {r.op} | {r.build} | {r.arch} | {r.registers} | {memory} | {r.shared} | {r.warps} |", flush=True)
-        for problem in r.problems:
-            print(f"PROBLEM: {r.op}, {r.build}, sm_{r.arch}: {problem}")
-        rows.append({**asdict(r), "problems": r.problems})
-    if args.json is not None:
-        write_atomically(args.json, json.dumps(rows, indent=1))
-    if any(row["problems"] for row in rows):
+        failed |= bool(r.problems)
+        if args.json:
+            print(json.dumps({**asdict(r), "problems": r.problems}), flush=True)
+        else:
+            memory = r.stack + r.local
+            print(
+                f"| {r.op} | {r.build} | {r.arch} | {r.registers} | {memory} | {r.shared} | {r.warps} |",
+                flush=True,
+            )
+            for problem in r.problems:
+                print(f"PROBLEM: {r.op}, {r.build}, sm_{r.arch}: {problem}")
+    if failed:
         raise SystemExit(1)
 
 

@@ -1,7 +1,7 @@
 """The contract of an op: on every case, each implementation does what the reference does.
 
     values         equal to the reference on CPU, bit for bit unless the op states a tolerance; NaN equals NaN
-    outputs        same shape, dtype and device as the inputs call for; every element written (memory that is
+    outputs        same shape, strides and dtype, on the device of the inputs; every element written (memory that is
                    handed out uninitialised is poisoned first)
     determinism    a second run gives the same bits
     inputs         unchanged
@@ -27,15 +27,19 @@ from qtrain_kernels.op import Op
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised tensors are filled: NaN for floats, the largest value for integers."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory = fill
 
 
 def to_device(x: Any, device: str) -> Any:
@@ -55,6 +59,8 @@ def difference(op: Op[Any, Any], got: Tensor, want: Tensor) -> str | None:
     """How ``got`` breaks the contract against ``want``, or None."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return f"{list(got.shape)} {got.dtype} instead of {list(want.shape)} {want.dtype}"
+    if want.numel() and got.stride() != want.stride():
+        return f"strides {got.stride()} instead of {want.stride()}"
     got, want = got.cpu(), want.cpu()
     wrong = ~torch.isclose(got.double(), want.double(), rtol=op.rtol, atol=op.atol, equal_nan=True)
     if not wrong.any():
@@ -74,7 +80,9 @@ def failures(
     found = []
     for name, case in op.cases.items():
         try:
-            found += [f"{op.name} {name}: {line}" for line in _case_failures(op, case, device, run, run is op)]
+            found += [
+                f"{op.name} {name}: {line}" for line in _case_failures(op, case, device, run, run is op)
+            ]
         except Exception as error:  # a crash is a failure of this case, and the other cases still count
             found.append(f"{op.name} {name}: {type(error).__name__}: {error}")
     return found

@@ -20,13 +20,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import pkgutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -123,8 +121,12 @@ def define_op(
     if name in _REGISTRY:
         raise ValueError(f"op {name!r} is defined twice; op names are unique within qtrain_kernels")
     if not cases:
-        raise ValueError(f"op {name!r} has no cases; give at least one, since an op without cases is never checked")
-    kernels = {device: target for device, target in zip(DEVICES, (cuda, cpu), strict=True) if target is not None}
+        raise ValueError(
+            f"op {name!r} has no cases; give at least one, since an op without cases is never checked"
+        )
+    kernels = {
+        device: target for device, target in zip(DEVICES, (cuda, cpu), strict=True) if target is not None
+    }
     for target in kernels.values():
         if target.count(":") != 1:
             raise ValueError(f'kernel {target!r} of op {name!r} must read "package.module:function"')
@@ -156,13 +158,6 @@ def kernel_module(op: Op[Any, Any], device: str) -> ModuleType:
     """The module that holds ``op``'s kernel for ``device``, imported now."""
     op.kernel(device)
     return importlib.import_module(op.kernels[device].split(":")[0])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader of ``path`` sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 @functools.cache

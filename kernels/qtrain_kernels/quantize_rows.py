@@ -44,12 +44,16 @@ def check(
     if not 1 <= qmax <= 127:
         raise ValueError(f"qmax must be 1 ... 127 (7 is int4, 127 is int8), not {qmax}")
     if not -(2**31) <= stream < 2**31:
-        raise ValueError(f"stream must be a signed 32-bit id, not {stream}; make it with counter_hash.stream_id")
+        raise ValueError(
+            f"stream must be a signed 32-bit id, not {stream}; make it with counter_hash.stream_id"
+        )
     for name, scalar in (("seed", seed), ("step", step), ("row_offset", row_offset)):
         if scalar.dim() != 0 or scalar.dtype != torch.int64:
             raise ValueError(f"{name} must be a 0-d int64 tensor, not {list(scalar.shape)} {scalar.dtype}")
         if scalar.device != x.device:
-            raise ValueError(f"{name} is on {scalar.device} but x is on {x.device}; move it there once, not each step")
+            raise ValueError(
+                f"{name} is on {scalar.device} but x is on {x.device}; move it there once, not each step"
+            )
 
 
 def reference(
@@ -57,7 +61,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """-> codes [R, C] int8, scale [R] float32, the value of one code step.
 
-    ``x`` [R, C] float32, bfloat16 or float16, any strides. ``seed``, ``step``: 0-d int64; ``stream``: int32 id of
+    ``x`` [R, C] float32, bfloat16 or float16, any strides; the codes are contiguous. ``seed``, ``step``: 0-d int64; ``stream``: int32 id of
     the operand (``counter_hash.stream_id``); ``row_offset``: 0-d int64, global index of the first row; all four
     are read by stochastic rounding only. Raises ValueError, see ``check``.
     """
@@ -74,7 +78,8 @@ def reference(
         v = floor + (uniform(random_bits(seed, step, stream, R, C, row_offset)) < v - floor)
     else:
         v = v.round()
-    return v.clamp(-qmax - 1, qmax).to(torch.int8), scale
+    codes = v.clamp(-qmax - 1, qmax).to(torch.int8, memory_format=torch.contiguous_format)
+    return codes, scale
 
 
 def _fake(
@@ -133,6 +138,7 @@ _TENSORS: dict[str, Callable[[], Tensor]] = {
     "zero_rows": lambda: _normal(6, 20) * torch.tensor([0.0, 1.0, -0.0, 1.0, 0.0, 1.0])[:, None],
     "tiny": lambda: _normal(4, 40) * torch.tensor([2.0**-100, 1e-38, 1e-42, 1e-45])[:, None],
     "subnormal_beside_normal": lambda: _set(_normal(2, 300) * 1e-40, (0, 0, 1.0), (1, 299, -1.0)),
+    "subnormal": lambda: _set(torch.full((1, 64), 1e-40), (0, 0, 1.0)),
     "huge_outlier": lambda: _set(_normal(*_ODD), (3, 5, 1e30), (4, 0, -_MAX)),
     "nan_inf": lambda: _set(
         _normal(6, 33),
@@ -153,6 +159,8 @@ _SETTINGS: dict[str, tuple[int, int, int, int, int]] = {
     "int8": (127, 1234, 17, 99, 0),
     "int4": (7, -5, 2**33 + 3, -(2**31), 2**31 - 2),
     "ternary": (1, 2**62 + 11, 0, 2**31 - 1, 2**40 + 5),
+    # u = 0 at column 52 of row 0 (found by search): any v > 0 rounds up there, a subnormal one too
+    "zero_uniform": (127, 1234, 17, 99, 289742),
 }
 
 
@@ -169,10 +177,13 @@ def _cases() -> dict[str, Callable[[], Inputs]]:
             setting = ("int8", "int4")[(i + stochastic) % 2]
             if tensor in ("ties", "rounding_edges"):
                 setting = "int8"
-            cases[f"{tensor}/{setting}/{'stochastic' if stochastic else 'nearest'}"] = case(tensor, setting, stochastic)
+            cases[f"{tensor}/{setting}/{'stochastic' if stochastic else 'nearest'}"] = case(
+                tensor, setting, stochastic
+            )
     for tensor in ("fp32", "huge_outlier", "rounding_edges"):
         cases[f"{tensor}/ternary/nearest"] = case(tensor, "ternary", False)
         cases[f"{tensor}/ternary/stochastic"] = case(tensor, "ternary", True)
+    cases["subnormal/zero_uniform/stochastic"] = case("subnormal", "zero_uniform", True)
     return cases
 
 
@@ -187,7 +198,9 @@ def _workloads(device: str) -> Sequence[Workload]:
         name = f"{R}x{C}/bf16/{'stochastic' if stochastic else 'nearest'}"
         return Workload(name, inputs, bytes=R * C * (2 + 1) + R * 4)
 
-    return [workload(*shape, qmax=127, stochastic=stochastic) for shape in shapes for stochastic in (False, True)]
+    return [
+        workload(*shape, qmax=127, stochastic=stochastic) for shape in shapes for stochastic in (False, True)
+    ]
 
 
 quantize_rows = define_op(

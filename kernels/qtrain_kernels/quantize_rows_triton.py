@@ -168,6 +168,7 @@ def builds() -> list[Build]:
             options=options,
             # An fma rounds once where the equation rounds twice; .ftz would flush subnormals.
             forbidden_ptx=("fma.", ".ftz"),
+            max_registers=128 if contiguous else 168,  # 64-bit addresses element by element
         )
 
     return [

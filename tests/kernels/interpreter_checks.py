@@ -1,0 +1,64 @@
+"""Run with TRITON_INTERPRET=1: prints, as JSON, what each Triton kernel gets wrong on CPU tensors.
+
+A script and not a test, since the variable is read when triton is first imported.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import triton
+import triton.language as tl
+from qtrain_kernels import contract, counter_hash
+from qtrain_kernels.counter_hash_triton import key, random_bits, row_keys, uniform
+from qtrain_kernels.op import all_ops
+
+
+@triton.jit
+def _random_kernel(
+    bits_ptr,
+    uniform_ptr,
+    seed_ptr,
+    step_ptr,
+    stream,
+    row_offset_ptr,
+    C,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.expand_dims(tl.arange(0, BLOCK_R), 1)
+    column = tl.expand_dims(tl.arange(0, BLOCK_C), 0)
+    k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
+    r0, r1 = row_keys(row.to(tl.int64) + tl.load(row_offset_ptr), k0, k1)
+    bits = random_bits(column, r0, r1)
+    tl.store(bits_ptr + row * C + column, bits.to(tl.int32, bitcast=True), mask=column < C)
+    tl.store(uniform_ptr + row * C + column, uniform(bits), mask=column < C)
+
+
+def hash_failures() -> list[str]:
+    found = []
+    for seed, step, stream, row_offset in (
+        (0, 0, 0, 0),
+        (1234, 17, 99, 5),
+        (-5, 2**33 + 3, -(2**31), 2**31 - 2),
+        (2**62 + 11, 2**31, 2**31 - 1, 2**40 + 5),
+        (-(2**63), -1, -1, 2**32 - 1),
+    ):
+        scalars = [torch.tensor(v, dtype=torch.int64) for v in (seed, step, row_offset)]
+        want = counter_hash.random_bits(scalars[0], scalars[1], stream, 4, 100, scalars[2])
+        bits, uniforms = torch.zeros(4, 100, dtype=torch.int32), torch.zeros(4, 100)
+        _random_kernel[(1,)](bits, uniforms, *scalars[:2], stream, scalars[2], 100, BLOCK_R=4, BLOCK_C=128)
+        if not torch.equal(bits, want):
+            found.append(f"bits differ for {(seed, step, stream, row_offset)}")
+        if not torch.equal(uniforms, counter_hash.uniform(want)):
+            found.append(f"uniforms differ for {(seed, step, stream, row_offset)}")
+    return found
+
+
+if __name__ == "__main__":
+    report = {"counter_hash": hash_failures()}
+    for name, op in all_ops().items():
+        if "cuda" in op.kernels:
+            report[name] = contract.failures(op, "cpu", op.kernel("cuda"))
+    print(json.dumps(report))
