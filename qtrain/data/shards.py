@@ -266,16 +266,16 @@ class ShardSplit:
         """Tokens [stop - start] of the half-open range, across shard boundaries; raises IndexError outside."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens")
-        arrays = self._arrays()
+        tokens = np.empty(stop - start, dtype=self.dtype)
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            offset = start - int(self._starts[shard])
-            part = arrays[shard][offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
+        done = 0
+        while done < len(tokens):
+            offset = start + done - int(self._starts[shard])
+            part = self._arrays()[shard][offset : offset + len(tokens) - done]
+            tokens[done : done + len(part)] = part
+            done += len(part)
             shard += 1
-        return np.concatenate(parts) if len(parts) != 1 else np.array(parts[0])
+        return tokens
 
 
 class TokenShards:

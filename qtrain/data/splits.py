@@ -27,6 +27,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ NEAR_DUPLICATE_SHARE = 0.5
 # such documents are shorter than about WINDOW_BYTES + 4 * SAMPLE_MODULUS bytes.
 MIN_SAMPLES = 4
 
+# Windows hashed at once: temporary arrays of 2 MB each, which stay in the cache of a core.
+_BLOCK = 1 << 18
 _BASE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, hence invertible modulo 2^64
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 
@@ -77,6 +80,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+@lru_cache(maxsize=8)
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
     """[count] uint64: base^0, base^1, ... modulo 2^64."""
     powers = np.full(count, base, dtype=np.uint64)
@@ -88,16 +92,19 @@ def window_hashes(data: bytes) -> NDArray[np.uint64]:
     """Sorted distinct sampled window hashes of ``data``, [M] uint64; empty below ``WINDOW_BYTES`` bytes.
 
     With H[i] = sum_{j<i} (d_j + 1) b^j mod 2^64, the window at i hashes to mix((H[i+w] - H[i]) b^-i), which
-    depends on its bytes alone.
+    depends on its bytes alone. Long documents go through in blocks of windows, so memory stays bounded.
     """
-    values = np.frombuffer(data, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
-    windows = len(values) - WINDOW_BYTES + 1
-    if windows <= 0:
-        return np.empty(0, dtype=np.uint64)
-    prefix = np.zeros(len(values) + 1, dtype=np.uint64)
-    np.cumsum(values * _powers(_BASE, len(values)), out=prefix[1:], dtype=np.uint64)
-    hashes = _mix((prefix[WINDOW_BYTES:] - prefix[:windows]) * _powers(_BASE_INVERSE, windows))
-    return np.unique(hashes[hashes % np.uint64(SAMPLE_MODULUS) == 0])
+    sampled = [np.empty(0, dtype=np.uint64)]
+    powers, inverse_powers = _powers(_BASE, _BLOCK + WINDOW_BYTES), _powers(_BASE_INVERSE, _BLOCK)
+    for start in range(0, len(data) - WINDOW_BYTES + 1, _BLOCK):
+        block = data[start : start + _BLOCK + WINDOW_BYTES - 1]
+        values = np.frombuffer(block, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
+        windows = len(values) - WINDOW_BYTES + 1
+        prefix = np.zeros(len(values) + 1, dtype=np.uint64)
+        np.cumsum(values * powers[: len(values)], out=prefix[1:], dtype=np.uint64)
+        hashes = _mix((prefix[WINDOW_BYTES:] - prefix[:windows]) * inverse_powers[:windows])
+        sampled.append(hashes[hashes % np.uint64(SAMPLE_MODULUS) == 0])
+    return np.unique(np.concatenate(sampled))
 
 
 class _WindowTable:

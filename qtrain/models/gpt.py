@@ -233,7 +233,8 @@ class GPT(nn.Module):
             else:
                 writes_residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
                 std = residual_std if writes_residual else self.config.init_std
-                generator = torch.Generator("cpu").manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+                # The CPU generator (MT19937) uses the low 32 bits of a seed only: hash both into them.
+                generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
                 parameter.copy_(drawn * std)
 
