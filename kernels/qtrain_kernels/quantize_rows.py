@@ -139,6 +139,10 @@ _TENSORS: dict[str, Callable[[], Tensor]] = {
     "tiny": lambda: _normal(4, 40) * torch.tensor([2.0**-100, 1e-38, 1e-42, 1e-45])[:, None],
     "subnormal_beside_normal": lambda: _set(_normal(2, 300) * 1e-40, (0, 0, 1.0), (1, 299, -1.0)),
     "subnormal": lambda: _set(torch.full((1, 64), 1e-40), (0, 0, 1.0)),
+    "one_hot": lambda: _set(torch.zeros(1, 64), (0, 0, 1.0)),
+    "below_minus_qmax": lambda: _set(
+        _normal(1, 64).clamp(-1, 1), (0, 8, -1.005)
+    ),  # v = -127 - 2^-17 at column 8
     "huge_outlier": lambda: _set(_normal(*_ODD), (3, 5, 1e30), (4, 0, -_MAX)),
     "nan_inf": lambda: _set(
         _normal(6, 33),
@@ -161,6 +165,8 @@ _SETTINGS: dict[str, tuple[int, int, int, int, int]] = {
     "ternary": (1, 2**62 + 11, 0, 2**31 - 1, 2**40 + 5),
     # u = 0 at column 52 of row 0 (found by search): any v > 0 rounds up there, a subnormal one too
     "zero_uniform": (127, 1234, 17, 99, 289742),
+    # u = 1 - 2^-24, the largest, at column 8 of row 0 (found by search)
+    "top_uniform": (127, 1234, 17, 99, 163935),
 }
 
 
@@ -184,6 +190,8 @@ def _cases() -> dict[str, Callable[[], Inputs]]:
         cases[f"{tensor}/ternary/nearest"] = case(tensor, "ternary", False)
         cases[f"{tensor}/ternary/stochastic"] = case(tensor, "ternary", True)
     cases["subnormal/zero_uniform/stochastic"] = case("subnormal", "zero_uniform", True)
+    cases["one_hot/zero_uniform/stochastic"] = case("one_hot", "zero_uniform", True)
+    cases["below_minus_qmax/top_uniform/stochastic"] = case("below_minus_qmax", "top_uniform", True)
     return cases
 
 

@@ -166,8 +166,8 @@ def builds() -> list[Build]:
             {"STOCHASTIC": stochastic, **block} | ({"stride_xc": 1} if contiguous else {}),
             divisible_by_16=("x_ptr", "codes_ptr", "C", "stride_xr") if contiguous else (),
             options=options,
-            # An fma rounds once where the equation rounds twice; .ftz would flush subnormals.
-            forbidden_ptx=("fma.", ".ftz"),
+            # An fma rounds once where the equation rounds twice; .ftz flushes subnormals; only div.rn is IEEE.
+            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
             max_registers=128 if contiguous else 168,  # 64-bit addresses element by element
         )
 

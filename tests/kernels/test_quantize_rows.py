@@ -126,10 +126,16 @@ def test_stochastic_rounding_is_unbiased_with_the_bernoulli_variance():
         assert abs(codes.var() - sigma**2) < 5.5 * math.sqrt((fourth - sigma**4) / N) + 2 / N
 
 
-def test_a_subnormal_is_no_zero():
-    """The case's u is 0 at column 52: v > 0 rounds up there however small it is."""
-    codes = quantize_rows(*quantize_rows.cases["subnormal/zero_uniform/stochastic"]())[0]
-    assert codes[0].nonzero().flatten().tolist() == [0, 52]
+def test_the_edges_of_the_uniform():
+    """Where u = 0, v > 0 rounds up however small it is, and an integer v stays. Where u is the largest, a v just
+    below -qmax rounds down: the one way to the code -qmax - 1."""
+
+    def codes(name: str) -> Tensor:
+        return quantize_rows(*quantize_rows.cases[f"{name}/stochastic"]())[0][0]
+
+    assert codes("subnormal/zero_uniform").nonzero().flatten().tolist() == [0, 52]
+    assert codes("one_hot/zero_uniform").nonzero().flatten().tolist() == [0]
+    assert (codes("below_minus_qmax/top_uniform") == -128).nonzero().flatten().tolist() == [8]
 
 
 def test_row_offset_splits_the_whole():
@@ -138,6 +144,21 @@ def test_row_offset_splits_the_whole():
     parts = [quantize(x[a:b], 7, True, row_offset=100 + a)[0] for a, b in ((0, 4), (4, 5), (5, 10))]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(torch.cat([quantize(x[:4], 7, True)[0], quantize(x[4:], 7, True)[0]]), whole)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31():
+    """The last row of a tensor of more than 2^31 elements equals the same row alone."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    R, C = 2**19 + 3, 4096
+    x = torch.randn(R, C, device="cuda", dtype=torch.bfloat16)
+    seed, step = scalar(1).cuda(), scalar(2).cuda()
+    for stochastic in (False, True):
+        codes, scale = quantize_rows(x, 127, stochastic, seed, step, 3, scalar(0).cuda())
+        last, last_scale = quantize_rows(x[-1:], 127, stochastic, seed, step, 3, scalar(R - 1).cuda())
+        assert torch.equal(codes[-1:], last)
+        assert torch.equal(scale[-1:], last_scale)
 
 
 @pytest.mark.parametrize("change", [{"seed": 9}, {"step": 9}, {"stream": 9}, {"row_offset": 9}], ids=str)
