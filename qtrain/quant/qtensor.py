@@ -49,8 +49,7 @@ def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tens
         if kind == "percentile":
             hi = ranges.rank_from_top(blocks.abs(), spec.blocks.counts(shape, blocks.device), value)
         elif kind == "rms":
-            mean_square = blocks.square().sum((1, 3), keepdim=True) / spec.blocks.counts(shape, blocks.device)
-            hi = torch.sqrt(mean_square) * value
+            hi = ranges.root_mean_square(blocks, spec.blocks.counts(shape, blocks.device)) * value
         if hi is not amax:
             hi = torch.where(torch.isfinite(amax), hi, amax)
         return -hi, hi
@@ -76,8 +75,11 @@ def _scale(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Ten
         zero_point = torch.clamp(torch.round(-lo * (1.0 / scale)), 0.0, grid.max)
         return scale, scale, None, torch.nan_to_num(zero_point, nan=0.0)
     scale = torch.clamp(hi / width, min=spec.min_scale)
+    # An infinite scale would be saturated by e4m3, and times a level other than zero is not NaN
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
     if spec.scale_format in ("e8m0", "e8m0_ceil"):
-        scale = ranges.e8m0(scale, hi, grid, ceil=spec.scale_format == "e8m0_ceil")
+        amax = torch.clamp(hi, min=spec.min_scale * grid.max)
+        scale = ranges.e8m0(scale, amax, grid, ceil=spec.scale_format == "e8m0_ceil")
     elif spec.tensor_scale:
         stored, tensor_scale = ranges.e4m3_under_tensor_scale(scale)
         return stored * tensor_scale, stored, tensor_scale, None
@@ -111,8 +113,8 @@ def _inside(v: Tensor, values: Tensor, zero_point: Tensor | None, spec: QuantSpe
 def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
     """The operand x [F, K] (any float dtype) on the grid of ``spec``.
 
-    noise: [F, K] uniform float32 in [0, 1), needed exactly when ``spec.rounding`` is stochastic (else
-    ValueError). Differentiable code goes through ``qtrain.quant.fake_quantize`` or the layers.
+    noise: [F, K] uniform float32 in [0, 1), needed exactly when ``spec.rounding`` is stochastic (else, or in
+    another shape, ValueError). Differentiable code goes through ``qtrain.quant.fake_quantize`` or the layers.
     """
     if x.dim() != 2:
         raise ValueError(
@@ -120,6 +122,10 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
         )
     if (noise is not None) != spec.stochastic:
         raise ValueError(f"rounding={spec.rounding!r} {'needs' if spec.stochastic else 'takes no'} noise")
+    if noise is not None and noise.shape != x.shape:
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} for an operand of shape {tuple(x.shape)}: each element needs its own"
+        )
     shape = (x.shape[F], x.shape[K])
     tiling = spec.blocks
     if x.numel() == 0:
@@ -256,7 +262,7 @@ class QTensor:
 
 
 def _as_matrix(x: Tensor) -> Tensor:
-    return x.reshape(1, -1) if x.dim() < 2 else x.reshape(-1, x.shape[-1])
+    return x.reshape(1, -1) if x.dim() < 2 else x.flatten(0, -2)
 
 
 def to_qtensor(q: Quantized, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:

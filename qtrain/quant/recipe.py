@@ -66,6 +66,10 @@ def _as(cls: type, value: Any) -> Any:
 def _transform(value: Any, reused: bool, gemm: str) -> Transform | None:
     transform = Transform.parse(value) if isinstance(value, str) and value != "none" else value
     transform = None if transform == "none" else transform
+    if not isinstance(transform, Transform | None):
+        raise TypeError(
+            f"{gemm}.transform={transform!r}: expected none, hadamard:B or rht:B, got {type(transform).__name__}"
+        )
     if transform is not None and reused:
         raise ValueError(
             f"{gemm}.transform={str(transform)!r} with an operand 'fprop': codes of the forward cannot be transformed again; use a spec there"

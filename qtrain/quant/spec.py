@@ -63,7 +63,7 @@ class QuantSpec:
     second, float32 scale for the whole tensor (needs ``e4m3``). rounding: ``nearest`` (ties to even) or
     ``stochastic``. estimator of the gradient: ``ste`` passes it; ``clipped`` zeroes it where the value was
     clipped; ``trust`` where it moved by more than half the widest step (QuEST, arXiv 2502.05003, section 3.2).
-    min_scale: floor of the scale.
+    min_scale: floor of the scale, before that is rounded to its format.
 
     Raises ValueError, naming the value, the allowed ones and the remedy.
     """
@@ -80,7 +80,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         get_format(self.format)
-        Granularity.parse(self.granularity)
+        _ = self.blocks
         _one_of("scale_format", self.scale_format, SCALE_FORMATS)
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("estimator", self.estimator, ESTIMATORS)
@@ -110,6 +110,8 @@ class QuantSpec:
             raise ValueError(f"clip={self.clip!r}: the factor must be positive, for example rms:2.5")
         if not MIN_SCALE <= self.min_scale < math.inf:
             raise ValueError(f"min_scale={self.min_scale!r}: must be at least 2^-100 and finite")
+        # Computed now: a compiler that traces the first use would meet the lock inside cached_property
+        _ = self.number_format.widest_gap
 
     @cached_property
     def number_format(self) -> NumberFormat:
@@ -128,7 +130,7 @@ class QuantSpec:
             return self.clip, 0.0
         if self.clip == "gaussian":
             return "rms", gaussian_clip(get_format(self.format))
-        match = re.fullmatch(r"(percentile|rms):([0-9.]+)", self.clip)
+        match = re.fullmatch(r"(percentile|rms):(\d+\.?\d*|\.\d+)", self.clip)
         if not match:
             raise ValueError(f"clip={self.clip!r}: allowed are {CLIPS}")
         return match[1], float(match[2])
@@ -152,6 +154,7 @@ class QuantSpec:
         parts += [] if self.symmetric else ["asym"]
         parts += [self.clip] if self.clip != "absmax" else []
         parts += [f"scale:{self.scale_format}"] if self.scale_format != "float32" else []
+        parts += ["tensor_scale"] if self.tensor_scale else []
         parts += ["sr"] if self.stochastic else []
         parts += [self.estimator] if self.estimator != "ste" else []
         parts += [f"min_scale:{self.min_scale:g}"] if self.min_scale != defaults["min_scale"] else []
@@ -209,6 +212,6 @@ def _split_format(text: str) -> tuple[str, list[str]]:
             return base, words[n:]
     near = difflib.get_close_matches(words[0], [*format_names(), *LAYOUTS], n=3)
     raise ValueError(
-        f"spec {text!r}: {words[0]!r} is no number format{f'; did you mean {near[0]}?' if near else ''} Allowed: "
+        f"spec {text!r}: {words[0]!r} is no number format{f'; did you mean {near[0]}?' if near else '.'} Allowed: "
         f"{', '.join([*format_names(), *LAYOUTS])}, as in int4_row or int8_group128_sr"
     )

@@ -25,6 +25,10 @@ def _sylvester(block: int) -> Tensor:
     return (h / block**0.5).to(torch.float32)
 
 
+def _fits(block: int) -> bool:
+    return 2 <= block <= 1024 and block & (block - 1) == 0
+
+
 @dataclass(frozen=True)
 class Transform:
     """A blockwise Hadamard transform, randomized or not. Made by ``Transform.parse``."""
@@ -32,16 +36,19 @@ class Transform:
     block: int
     randomized: bool = False
 
+    def __post_init__(self) -> None:
+        if not _fits(self.block):
+            raise ValueError(f"a Hadamard block of {self.block}: allowed are powers of two from 2 to 1024")
+
     @staticmethod
     def parse(text: str) -> Transform:
         """From ``hadamard:B`` or ``rht:B``, B a power of two from 2 to 1024; else ValueError."""
         match = re.fullmatch(r"(hadamard|rht):(\d+)", text)
-        block = int(match[2]) if match else 0
-        if not match or block & (block - 1) or not 2 <= block <= 1024:
+        if not match or not _fits(int(match[2])):
             raise ValueError(
                 f"transform {text!r}: allowed are hadamard:B and rht:B, B a power of two from 2 to 1024"
             )
-        return Transform(block, match[1] == "rht")
+        return Transform(int(match[2]), match[1] == "rht")
 
     def __str__(self) -> str:
         return f"{'rht' if self.randomized else 'hadamard'}:{self.block}"
@@ -55,16 +62,24 @@ class Transform:
                 f"{where}: the transform {self} needs a contraction divisible by {self.block}, got {contraction}; {remedy}"
             )
 
+    def _check_signs(self, signs: Tensor | None) -> None:
+        if (signs is not None) != self.randomized:
+            raise ValueError(
+                f"the transform {self} {'needs' if self.randomized else 'takes no'} signs; rht:{self.block} is the randomized one"
+            )
+
     def _hadamard(self, x: Tensor) -> Tensor:
         h = _sylvester(self.block).to(x.device)
         return (x.unflatten(-1, (-1, self.block)) @ h).flatten(-2)
 
     def forward(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
-        """x [..., K] -> float32 [..., K]; ``signs`` [K] of +-1 exactly when randomized."""
+        """x [..., K] -> float32 [..., K]; ``signs`` [K] of +-1 exactly when randomized (else ValueError)."""
+        self._check_signs(signs)
         x = x.to(torch.float32)
         return self._hadamard(x if signs is None else x * signs)
 
     def inverse(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
-        """The transpose of ``forward``, float32."""
+        """The transpose of ``forward``, float32, with the same signs."""
+        self._check_signs(signs)
         x = self._hadamard(x.to(torch.float32))
         return x if signs is None else x * signs

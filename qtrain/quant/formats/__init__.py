@@ -42,14 +42,24 @@ def format_names() -> list[str]:
 def get_format(name: str) -> NumberFormat:
     """The format of that name, or of that ``package.module:Name``.
 
-    Raises ValueError, naming the near and the allowed names, for an unknown one; TypeError where a plug-in is
-    no NumberFormat.
+    Raises ValueError, naming the near and the allowed names, for an unknown one, and for a plug-in that is not
+    there; TypeError where a plug-in is no NumberFormat.
     """
     if name in _NAMED:
         return _NAMED[name]
     if re.fullmatch(r"[\w.]+:\w+", name):
         module, _, attribute = name.partition(":")
-        found = getattr(importlib.import_module(module), attribute)
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # an import of the plug-in's own
+            found = None
+        if found is None:
+            raise ValueError(
+                f"format {name!r}: no {attribute!r} in a module {module!r}; put the plug-in's folder on PYTHONPATH. "
+                "A granularity is written without a colon, as in int4_group128"
+            )
         found = found if isinstance(found, NumberFormat) else found()
         if not isinstance(found, NumberFormat):
             raise TypeError(
@@ -57,7 +67,7 @@ def get_format(name: str) -> NumberFormat:
             )
         return found
     near = difflib.get_close_matches(name, _NAMED, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
         f"unknown number format {name!r}{hint} Allowed: {', '.join(_NAMED)}, or 'package.module:Name'"
     )
