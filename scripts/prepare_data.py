@@ -1,8 +1,8 @@
 """Prepare token shards ahead of a run and print what they hold.
 
-    python scripts/prepare_data.py                                    the standard library, bytes, the cache
-    python scripts/prepare_data.py --files 'corpus/**/*.txt' --out data/corpus
-    python scripts/prepare_data.py --files input.txt --separator '\\n\\n'
+python scripts/prepare_data.py                                    the standard library, bytes, the cache
+python scripts/prepare_data.py --files 'corpus/**/*.txt' --out data/corpus
+python scripts/prepare_data.py --files input.txt --separator '\\n\\n'
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from qtrain.data.tokenizers import get_tokenizer
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenize documents into memory-mapped shards.")
-    parser.add_argument("--files", nargs="+", metavar="PATH", help="text files, folders or globs (default: stdlib)")
+    parser.add_argument(
+        "--files", nargs="+", metavar="PATH", help="text files, folders or globs (default: stdlib)"
+    )
     parser.add_argument("--separator", help="cut files into documents at this string; \\n means a newline")
-    parser.add_argument("--include-tests", action="store_true", help="the standard library with its test folders")
+    parser.add_argument(
+        "--include-tests", action="store_true", help="the standard library with its test folders"
+    )
     parser.add_argument("--tokenizer", default="byte")
-    parser.add_argument("--out", metavar="DIR", help="holds prepared folders (default: $QTRAIN_CACHE, ~/.cache)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="holds prepared folders (default: $QTRAIN_CACHE, ~/.cache)"
+    )
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents (default 0.05)")
     return parser.parse_args()
 
@@ -48,7 +54,9 @@ def main() -> None:
     print(shards.directory)
     for split in (shards.train, shards.val):
         info = split.info
-        print(f"{split.name:>6}: {info.tokens:,} tokens, {info.documents:,} documents, {info.text_bytes:,} bytes")
+        print(
+            f"{split.name:>6}: {info.tokens:,} tokens, {info.documents:,} documents, {info.text_bytes:,} bytes"
+        )
     sides = shards.manifest.source["sides"]
     print(
         f"left out: {sides['exact_duplicate']} duplicates, {sides['near_duplicate']} near-duplicates of "

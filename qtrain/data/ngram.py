@@ -62,7 +62,9 @@ def _level(keys: NDArray[np.int64], counts: NDArray[np.int64], vocab: int) -> _L
     return _Level(keys, counts - discount, contexts, totals, removed / totals)
 
 
-def _find(sorted_keys: NDArray[np.int64], keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _find(
+    sorted_keys: NDArray[np.int64], keys: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Position of each key, and whether it is there."""
     position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return position, sorted_keys[position] == keys
@@ -109,7 +111,9 @@ class NgramModel:
 def _checked(tokens: NDArray[np.integer], vocab: int) -> NDArray[np.int64]:
     tokens = np.asarray(tokens)
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
-        raise ValueError(f"token ids [{tokens.min()}, {tokens.max()}] are outside the vocabulary [0, {vocab})")
+        raise ValueError(
+            f"token ids [{tokens.min()}, {tokens.max()}] are outside the vocabulary [0, {vocab})"
+        )
     return tokens.astype(np.int64)
 
 
@@ -124,16 +128,20 @@ def ngram_nats_per_token(
     """
     rows = np.atleast_2d(_checked(val_tokens, vocab))
     if rows.shape[1] < 2:
-        raise ValueError(f"val_tokens of shape {rows.shape} hold nothing to predict; give at least 2 tokens a row")
+        raise ValueError(
+            f"val_tokens of shape {rows.shape} hold nothing to predict; give at least 2 tokens a row"
+        )
     total, predictions = 0.0, rows.size - len(rows)
     for used in range(min(2, order), order + 1):
-        columns = rows[:, : used] if used < order else rows
+        columns = rows[:, :used] if used < order else rows
         if columns.shape[1] < used:
             break
         grams = np.lib.stride_tricks.sliding_window_view(columns, used, axis=1)
         if order == 1:
             grams = grams[:, 1:]
-        total -= float(np.log(NgramModel(train_tokens, vocab, used).probability(grams.reshape(-1, used))).sum())
+        total -= float(
+            np.log(NgramModel(train_tokens, vocab, used).probability(grams.reshape(-1, used))).sum()
+        )
     return total / predictions
 
 

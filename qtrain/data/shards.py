@@ -265,7 +265,9 @@ class ShardSplit:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens [stop - start] of the half-open range, across shard boundaries; raises IndexError outside."""
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens")
+            raise IndexError(
+                f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens"
+            )
         tokens = np.empty(stop - start, dtype=self.dtype)
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
@@ -310,7 +312,9 @@ class TokenShards:
                 f"{path} has format version {manifest.format_version}, this code reads {FORMAT_VERSION}; {remedy}"
             )
         if set(manifest.splits) != set(SPLITS):
-            raise ShardError(f"{path} has splits {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}")
+            raise ShardError(
+                f"{path} has splits {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}"
+            )
         for split in manifest.splits.values():
             for shard in split.shards:
                 _verify(directory / shard.file, shard, verify, remedy)

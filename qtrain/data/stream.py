@@ -179,7 +179,10 @@ def _indivisible(global_batch: int, micro_batch: int, world_size: int, accumulat
     if global_batch % per_micro_step == 0:
         return message + f"set accumulate={global_batch // per_micro_step}"
     below = max(global_batch // per_micro_step, 1) * per_micro_step
-    return message + f"set global_batch to a multiple of {per_micro_step} (such as {below}) or change micro_batch"
+    return (
+        message
+        + f"set global_batch to a multiple of {per_micro_step} (such as {below}) or change micro_batch"
+    )
 
 
 class ValidationWindows(Dataset[dict[str, Tensor]]):

@@ -202,7 +202,9 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         device = torch.get_default_device()
-        with torch.device("meta"):  # so that no default initialisation runs or draws from the global generator
+        with torch.device(
+            "meta"
+        ):  # so that no default initialisation runs or draws from the global generator
             self.token_embedding = nn.Embedding(config.vocab_size, config.width)
             self.position_embedding = (
                 nn.Embedding(config.sequence_tokens, config.width) if config.positions == "learned" else None

@@ -65,8 +65,10 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be [B, S] with S >= 1; start with the "
-                         "tokenizer's end-of-document token when there is no prompt")
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)} must be [B, S] with S >= 1; start with the "
+            "tokenizer's end-of-document token when there is no prompt"
+        )
     context = sequence_tokens if sequence_tokens is not None else int(model.config.sequence_tokens)  # type: ignore
     generator = torch.Generator(tokens.device).manual_seed(seed)
     modes = [(module, module.training) for module in model.modules()]

@@ -65,7 +65,9 @@ def test_probabilities_match_the_definition(order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [TEXT, b"ab" * 10, b"aaaaaaaa", b"abcdefghij"], ids=["text", "ab", "a", "once"])
+@pytest.mark.parametrize(
+    "tokens", [TEXT, b"ab" * 10, b"aaaaaaaa", b"abcdefghij"], ids=["text", "ab", "a", "once"]
+)
 def test_probabilities_sum_to_one_in_every_context(order, tokens):
     model = NgramModel(np.frombuffer(tokens, dtype=np.uint8), V, order)
     for context in ([ord("t"), ord("h")], [ord("a"), ord("b")], [0, 0], [ord("a"), ord("a")]):

@@ -129,3 +129,15 @@ def test_the_standard_library_takes_seconds(tmp_path):
     assert len(shards.train) > 5e6
     assert len(shards.val) > 1e5
     assert TokenShards.open(shards.directory).manifest == shards.manifest
+
+
+def test_the_room_imports_nothing_heavy():
+    code = textwrap.dedent("""
+        import sys
+        import qtrain.data.ngram, qtrain.data.prepare, qtrain.data.stream
+        heavy = {"lightning", "datasets", "rich", "transformers", "hydra", "wandb"}
+        rooms = {"qtrain.quant", "qtrain.nn", "qtrain.models", "qtrain.training"}
+        print(sorted((heavy | rooms) & set(sys.modules)))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

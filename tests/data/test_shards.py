@@ -32,7 +32,11 @@ TRAIN, VAL = ["hello", "", "wörld"], ["validation"]
 
 def build(directory, tokenizer=None, shard_tokens=1 << 20):
     with write_shards(
-        directory, tokenizer or ByteTokenizer(), source={"name": "x"}, settings={"s": 1}, shard_tokens=shard_tokens
+        directory,
+        tokenizer or ByteTokenizer(),
+        source={"name": "x"},
+        settings={"s": 1},
+        shard_tokens=shard_tokens,
     ) as writer:
         for text in TRAIN:
             writer.append("train", text)
@@ -100,7 +104,9 @@ def test_an_altered_byte_is_refused_by_name(tmp_path):
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(ShardError, match=r"val-00000\.bin was altered.*delete the folder .*d and prepare again"):
+    with pytest.raises(
+        ShardError, match=r"val-00000\.bin was altered.*delete the folder .*d and prepare again"
+    ):
         TokenShards.open(directory)
     assert TokenShards.open(directory, verify="size").val.info.tokens == 11
 
@@ -140,17 +146,22 @@ def test_ids_outside_the_vocabulary_never_wrap(tmp_path):
         vocab_size = 200
         eot_token = 199
 
-    with pytest.raises(ValueError, match=r"ids in \[300, 300\], outside \[0, 200\)"), write_shards(
-        tmp_path / "d", Lying()
-    ) as writer:
+    with (
+        pytest.raises(ValueError, match=r"ids in \[300, 300\], outside \[0, 200\)"),
+        write_shards(tmp_path / "d", Lying()) as writer,
+    ):
         writer.append("train", chr(300))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), write_shards(tmp_path / "d", ByteTokenizer()) as writer:
-        writer.append("train", "half")
-        raise KeyboardInterrupt
+    def interrupted():
+        with write_shards(tmp_path / "d", ByteTokenizer()) as writer:
+            writer.append("train", "half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,8 +12,16 @@ def write(path, text):
 def library(tmp_path):
     """A miniature standard library with everything that must be left out."""
     root = tmp_path / "python3"
-    for name in ("os.py", "json/decoder.py", "test/test_os.py", "idlelib/idle_test/t.py", "lib2to3/tests/t.py",
-                 "site-packages/numpy.py", "json/__pycache__/x.py", "testing.py"):
+    for name in (
+        "os.py",
+        "json/decoder.py",
+        "test/test_os.py",
+        "idlelib/idle_test/t.py",
+        "lib2to3/tests/t.py",
+        "site-packages/numpy.py",
+        "json/__pycache__/x.py",
+        "testing.py",
+    ):
         write(root / name, f"# {name}\n")
     write(root / "zz_latin1.py", b"# caf\xe9\n")
     write(root / "notes.txt", "no source")
@@ -26,7 +34,12 @@ def test_stdlib_leaves_out_tests_and_foreign_folders(library):
     assert source.skipped == ("zz_latin1.py",)
     with_tests = StdlibSource(root=library, include_tests=True)
     assert [d.id for d in with_tests.documents()] == [
-        "idlelib/idle_test/t.py", "json/decoder.py", "lib2to3/tests/t.py", "os.py", "test/test_os.py", "testing.py"
+        "idlelib/idle_test/t.py",
+        "json/decoder.py",
+        "lib2to3/tests/t.py",
+        "os.py",
+        "test/test_os.py",
+        "testing.py",
     ]
     assert with_tests.name != source.name
 
@@ -69,7 +82,10 @@ def test_text_files_by_file_folder_and_glob(tmp_path):
         write(tmp_path / name, name)
     everything = [d.id for d in TextFilesSource(tmp_path).documents()]
     assert everything == ["a.txt", "sub/b.md", "sub/deep/c.txt"]
-    assert [d.id for d in TextFilesSource(str(tmp_path / "**/*.txt")).documents()] == ["a.txt", "sub/deep/c.txt"]
+    assert [d.id for d in TextFilesSource(str(tmp_path / "**/*.txt")).documents()] == [
+        "a.txt",
+        "sub/deep/c.txt",
+    ]
     assert [d.id for d in TextFilesSource([tmp_path / "sub/code.py"]).documents()] == ["code.py"]
     twice = TextFilesSource([tmp_path / "a.txt", tmp_path / "*.txt"])
     assert [d.text for d in twice.documents()] == ["a.txt"]

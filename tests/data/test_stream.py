@@ -149,7 +149,7 @@ def test_workers_and_batch_sizes_change_nothing(tmp_path):
 def test_smallest_split(tmp_path):
     assert TokenWindows(make_split(tmp_path, 20), 10, seed=0).windows_per_epoch == 1
     assert all(0 <= TokenWindows(make_split(tmp_path, 20), 10, 0)[i]["input"][0] < 10 for i in range(30))
-    with pytest.raises(ValueError, match="19 tokens, too few .* sequence_tokens 10 .* needs 20"):
+    with pytest.raises(ValueError, match=r"19 tokens, too few .* sequence_tokens 10 .* needs 20"):
         TokenWindows(make_split(tmp_path, 19), 10, seed=0)
     with pytest.raises(ValueError, match="sequence_tokens 0"):
         TokenWindows(make_split(tmp_path, 30), 0, seed=0)
@@ -257,5 +257,5 @@ def test_validation_windows_iterate_to_their_end(tmp_path):
 def test_validation_windows_errors(tmp_path):
     with pytest.raises(ValueError, match="max_windows 0"):
         ValidationWindows(make_split(tmp_path, 1003), 10, max_windows=0)
-    with pytest.raises(ValueError, match="10 tokens, too few .* needs 11"):
+    with pytest.raises(ValueError, match=r"10 tokens, too few .* needs 11"):
         ValidationWindows(make_split(tmp_path, 10), 10)

@@ -50,7 +50,7 @@ def test_the_future_never_matters_and_the_past_always_does(variant):
 
 def naive_attention(attention: Attention, x, rope):
     """One head and one position at a time, as the definition reads."""
-    batch, sequence, width = x.shape
+    batch, sequence, _ = x.shape
     heads, size = attention.heads, attention.head_width
     q, k, v = attention.q(x), attention.k(x), attention.v(x)
     out = torch.zeros_like(x)
@@ -89,7 +89,9 @@ def test_attention_matches_the_naive_sum(rope, explicit):
     x = torch.randn(2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angles = rope_angles(torch.arange(7), 4, 10_000.0) if rope else None
     # the angles are float32: 1e-6 covers their rounding at positions below 7
-    torch.testing.assert_close(attention(x, angles), naive_attention(attention, x, rope), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attention(x, angles), naive_attention(attention, x, rope), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_rope_depends_on_the_distance_alone():
@@ -97,7 +99,11 @@ def test_rope_depends_on_the_distance_alone():
     cos, sin = rope_angles(torch.arange(64), 16, 10_000.0)
 
     def score(t, s):
-        return (rotate(q, cos[t : t + 1], sin[t : t + 1]) * rotate(k, cos[s : s + 1], sin[s : s + 1])).sum().item()
+        return (
+            (rotate(q, cos[t : t + 1], sin[t : t + 1]) * rotate(k, cos[s : s + 1], sin[s : s + 1]))
+            .sum()
+            .item()
+        )
 
     for distance in (0, 1, 5, 17):
         scores = [score(distance + shift, shift) for shift in (0, 3, 20, 46)]

@@ -44,7 +44,9 @@ def test_small_ones_run(name):
     model = GPT(config)
     logits = model(torch.randint(0, config.vocab_size, (2, config.sequence_tokens)))
     assert logits.shape == (2, config.sequence_tokens, 257)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 257, (logits[..., 0].numel(),)))
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.randint(0, 257, (logits[..., 0].numel(),))
+    )
     assert abs(loss.item() - 5.55) < 0.1  # ln 257: an untrained model knows nothing
 
 
