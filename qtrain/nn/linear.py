@@ -44,26 +44,36 @@ class QuantizedLinear(nn.Linear):
     stream: int
 
     @staticmethod
-    def convert(linear: nn.Linear, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLinear:
-        """Turn ``linear`` itself into a QuantizedLinear: parameters, hooks and every reference to it survive.
-
-        Raises TypeError for a subclass of nn.Linear, whose own forward would be lost, and ValueError for a
-        transform that does not divide the layer's widths.
-        """
+    def check(linear: nn.Linear, recipe: LinearRecipe, name: str) -> None:
+        """Raises TypeError for a subclass of nn.Linear, whose own forward would be lost, and ValueError for a
+        transform that does not divide the layer's widths."""
         if type(linear) not in (nn.Linear, QuantizedLinear):
             raise TypeError(
-                f"{name}: {type(linear).__name__} has a forward of its own; only nn.Linear is converted"
+                f"{name} is a {type(linear).__name__}, whose own forward a conversion would lose; only nn.Linear "
+                f"is converted: add {name!r} to the recipe's exclude"
             )
         for gemm, contraction in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
             transform = getattr(recipe, gemm).transform
             if transform is not None:
                 transform.check(contraction, f"{name} ({gemm})")
+
+    @staticmethod
+    def convert(linear: nn.Linear, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLinear:
+        """Turn ``linear`` itself into a QuantizedLinear: parameters, hooks and every reference to it survive.
+        Raises as ``check`` does."""
+        QuantizedLinear.check(linear, recipe, name)
         linear.__class__ = QuantizedLinear
         assert isinstance(linear, QuantizedLinear)
         linear.recipe, linear.clock, linear.name = recipe, clock, name
         linear.stream = stream_id(name)
         clock.follow(linear.weight.device)
         return linear
+
+    def revert(self) -> None:
+        """Back to a plain nn.Linear, in place."""
+        for attribute in ("recipe", "clock", "name", "stream"):
+            delattr(self, attribute)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)
