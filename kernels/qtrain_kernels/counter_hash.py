@@ -66,7 +66,9 @@ def key(seed: Tensor, step: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     return words[0], words[1]
 
 
-def random_bits(seed: Tensor, step: Tensor, stream: int, rows: int, columns: int, row_offset: Tensor | int = 0) -> Tensor:
+def random_bits(
+    seed: Tensor, step: Tensor, stream: int, rows: int, columns: int, row_offset: Tensor | int = 0
+) -> Tensor:
     """``[rows, columns]`` int32, 32 uniform bits an element.
 
     ``row_offset``: global index of the first row (int or 0-d integer tensor). Splitting the rows over

@@ -24,11 +24,6 @@ def _declare(name: str, **kwargs):
     return define_op(name, _twice, **(arguments | kwargs))
 
 
-@pytest.fixture(scope="module")
-def op():
-    return _declare("test_op_twice", cpu=f"{__name__}:missing")
-
-
 @pytest.fixture(autouse=True)
 def keep_registry(monkeypatch):
     """Ops declared here stay out of the registry that other tests walk."""
