@@ -1,0 +1,265 @@
+"""AdamW whose moments are stored in the formats of an ``AdamStateRecipe``.
+
+    m_t = b1 m_{t-1} + (1 - b1) g,    v_t = b2 v_{t-1} + (1 - b2) g^2                       (Kingma and Ba, 2014,
+    w_t = (1 - lr wd) w_{t-1} - lr / (1 - b1^t) * m_t / (sqrt(v_t / (1 - b2^t)) + eps)      arXiv 1412.6980, alg. 1;
+    stored m = Q(m_t),  stored v = Q(v_t)                                                   decay: arXiv 1711.05101)
+
+The update uses m_t and v_t as computed, before they are stored: quantization acts on what the next step
+remembers. All of it is float32; a bfloat16 weight is updated in float32 and rounded to nearest. Rows are
+processed in chunks, so that the decoded moments of a large matrix never exist at once.
+
+With float32 states the arithmetic is that of ``torch.optim.AdamW(foreach=False)``, operation by operation, and
+so are the bits. Differs from it: states are float32 for bfloat16 weights too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from qtrain_kernels.counter_hash import random_bits, stream_id, uniform
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .loading import matched_groups, matched_state
+from .states import KINDS, AdamStateRecipe, Rows, StateLayout
+
+# Elements worked on at once: on a CPU, 1 MiB a float32 temporary (measured best of 2^14 to 2^20); elsewhere
+# 64 MiB each, few enough launches.
+CPU_CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 24
+
+
+class _Step(NamedTuple):
+    """The numbers of one step: ``w = decay * w - step_size * m / (sqrt(v) / root + eps)``."""
+
+    decay: float
+    beta1: float
+    beta2: float
+    step_size: float
+    root: float
+    eps: float
+
+
+def _numbers(group: Mapping[str, Any], step: float) -> _Step:
+    beta1, beta2 = group["betas"]
+    lr = float(group["lr"])
+    return _Step(
+        decay=1 - lr * group["weight_decay"],
+        beta1=beta1,
+        beta2=beta2,
+        step_size=lr / (1 - beta1**step),
+        root=(1 - beta2**step) ** 0.5,
+        eps=group["eps"],
+    )
+
+
+def _chunks(p: Tensor, by_rows: bool) -> Iterator[tuple[int, Rows]]:
+    """(index of the first row, rows) that cover p along dim 0."""
+    chunk = CPU_CHUNK if p.device.type == "cpu" else DEVICE_CHUNK
+    if not by_rows or p.dim() == 0 or p.numel() <= chunk:
+        yield 0, ...
+        return
+    rows = max(1, chunk * p.shape[0] // p.numel())
+    for start in range(0, p.shape[0], rows):
+        yield start, slice(start, start + rows)
+
+
+def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, now: _Step) -> None:
+    """One step of float32 weights, in place, m and v too; the operations of torch's single-tensor loop."""
+    w.mul_(now.decay)
+    m.lerp_(g, 1 - now.beta1)
+    v.mul_(now.beta2).addcmul_(g, g, value=1 - now.beta2)
+    denominator = v.sqrt().div_(now.root).add_(now.eps)
+    w.addcdiv_(m, denominator, value=-now.step_size)
+
+
+def _check_hyperparameters(group: Mapping[str, Any]) -> None:
+    if not float(group["lr"]) >= 0.0:
+        raise ValueError(f"lr={group['lr']!r}: must be 0 or more, for example 3e-3")
+    if len(group["betas"]) != 2 or not all(0.0 <= b < 1.0 for b in group["betas"]):
+        raise ValueError(f"betas={group['betas']!r}: two numbers in [0, 1), for example (0.9, 0.95)")
+    for name in ("eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}={group[name]!r}: must be 0 or more")
+
+
+class AdamW(Optimizer):
+    """AdamW with quantized moments.
+
+    params: parameters, or groups as from ``parameter_groups``. A group may hold ``quantize_states=False`` (its
+    states stay float32: embeddings) and ``names``, one a parameter, for messages and for stochastic bits.
+    lr: step size. betas: decay rates of the two moments. eps: added to the root of the second, in units of the
+    gradient. weight_decay: decoupled; a step multiplies weights by 1 - lr * weight_decay.
+    states: an AdamStateRecipe or a mapping of its fields; None keeps float32. seed: of stochastic rounding.
+
+    Parameters are float32 or bfloat16. Missing gradients are skipped, non-finite ones propagate (all of a
+    quantization block then decodes to NaN). Raises ValueError for hyperparameters out of range and for other
+    dtypes, sharded tensors and unknown states; RuntimeError for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        states: AdamStateRecipe | Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.recipe = states if isinstance(states, AdamStateRecipe) else AdamStateRecipe(**(states or {}))
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "quantize_states": True,
+            "states": self.recipe.as_dict(),
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:  # pickle and deepcopy; torch's own keeps three attributes only
+        return {**super().__getstate__(), "recipe": self.recipe}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if param_group.get("states", self.recipe.as_dict()) != self.recipe.as_dict():
+            raise ValueError(
+                "a parameter group cannot have states of its own; give quantize_states=False to keep its states "
+                "in float32, or use a second optimizer"
+            )
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["betas"] = tuple(group["betas"])
+        _check_hyperparameters(group)
+        names = group.get("names")
+        if names is not None and len(names) != len(group["params"]):
+            raise ValueError(
+                f"a parameter group has {len(names)} names for {len(group['params'])} parameters"
+            )
+        for p in group["params"]:
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(
+                    f"{self._name(p)} is {p.dtype}: AdamW takes float32 and bfloat16 parameters; convert the "
+                    "model with .float() or .bfloat16()"
+                )
+            if hasattr(p, "placements"):
+                raise ValueError(
+                    f"{self._name(p)} is a sharded DTensor, which AdamW does not take; give it replicated parameters"
+                )
+
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """(name, parameter, group) in the order of the state dict; unnamed ones are ``parameter <index>``."""
+        index = 0
+        for group in self.param_groups:
+            names = group.get("names") or group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                yield (names[i] if names else f"parameter {index}"), p, group
+                index += 1
+
+    def _name(self, p: Tensor) -> str:
+        return next(name for name, q, _ in self._named_parameters() if q is p)
+
+    def _layouts(self, p: Tensor, group: Mapping[str, Any]) -> tuple[StateLayout, StateLayout]:
+        shape, quantized = tuple(p.shape), group["quantize_states"]
+        return (
+            self.recipe.layout("exp_avg", shape, quantized),
+            self.recipe.layout("exp_avg_sq", shape, quantized),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. closure: reevaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for name, p, group in self._named_parameters():
+            if p.grad is not None:
+                self._step_parameter(name, p, group)
+        return loss
+
+    def _step_parameter(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse or grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} has a sparse gradient: AdamW decays every moment at every step; build the embedding "
+                "with sparse=False"
+            )
+        layouts, held = self._layouts(p, group), self.state[p]
+        if not held:
+            held["step"] = torch.zeros((), dtype=torch.float32)
+            for layout in layouts:
+                held.update(layout.allocate(p))
+        held["step"] += 1
+        step = int(held["step"].item())
+        now = _numbers(group, step)
+        for start, rows in _chunks(p, all(layout.by_rows for layout in layouts)):
+            part = p[rows]
+            m, v = (layout.read(held, rows) for layout in layouts)
+            w = part if p.dtype == torch.float32 else part.to(torch.float32)
+            _update(w, grad[rows].to(torch.float32), m, v, now)
+            if w is not part:
+                part.copy_(w)
+            for layout, values in zip(layouts, (m, v), strict=True):
+                noise = _noise(layout, name, group["seed"], step, start, values)
+                layout.write(held, values, rows, noise)
+
+    def decode_states(self, p: Tensor) -> dict[str, Tensor]:
+        """The moments of p as the next step will see them: {"exp_avg", "exp_avg_sq"}, float32 copies of p's shape.
+
+        Raises KeyError where p is not optimized here or has had no step yet.
+        """
+        for name, q, group in self._named_parameters():
+            if q is p:
+                if not self.state.get(p):
+                    raise KeyError(f"{name} has no state yet: it has had no step with a gradient")
+                held = self.state[p]
+                return {
+                    layout.kind: layout.read(held).clone().reshape(p.shape)
+                    for layout in self._layouts(p, group)
+                }
+        raise KeyError("the tensor is not a parameter of this optimizer")
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held now by kind of state tensor (``exp_avg.codes``, ``exp_avg.scale``, ``exp_avg`` for float32
+        ones, ..., ``step``), their ``total``, and ``as_float32``: what the same moments would take in float32."""
+        found: dict[str, int] = {}
+        as_float32 = 0
+        for p, held in self.state.items():
+            for key, t in held.items():
+                found[key] = found.get(key, 0) + t.numel() * t.element_size()
+            if held:
+                as_float32 += len(KINDS) * 4 * p.numel() + held["step"].element_size()
+        return {**found, "total": sum(found.values()), "as_float32": as_float32}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a ``state_dict()`` of an AdamW with the same parameters and state formats, or, where all
+        states are float32, of ``torch.optim.AdamW``. Hyperparameters come from the checkpoint, as in torch.
+
+        Torch's own loading casts states to the parameter's dtype: for bfloat16 weights it would turn codes and
+        scales into bfloat16. Here tensors keep their dtype; hooks before loading see the groups alone.
+
+        Raises ValueError, naming the parameter, what is stored and what is expected, where they differ.
+        """
+        named = [(name, p, self._layouts(p, group)) for name, p, group in self._named_parameters()]
+        groups = matched_groups(self.param_groups, state_dict["param_groups"])
+        loaded = matched_state(named, state_dict)
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        for p, held in loaded.items():
+            self.state[p] = held
+
+
+def _noise(layout: StateLayout, name: str, seed: int, step: int, start: int, values: Tensor) -> Tensor | None:
+    """Uniform [n, K] for stochastic rounding, named by (seed, step, parameter and moment, row, column): the same
+    bits whatever the chunks, the shards and the resumes. None where rounding is to nearest."""
+    if layout.spec is None or not layout.spec.stochastic:
+        return None
+    seeds = torch.tensor([seed, step], dtype=torch.int64, device=values.device)
+    columns = layout.matrix[1]
+    stream = stream_id(f"{name}/{layout.kind}")
+    return uniform(random_bits(seeds[0], seeds[1], stream, values.numel() // columns, columns, start))
