@@ -55,7 +55,8 @@ def prepare(
     ``out_dir/SOURCE-TOKENIZER-DIGEST``. Every document is followed by the end-of-document token.
     ``val_fraction``: expected share of documents in the validation split (see ``splits``).
     ``progress``: called after each document; ``rich_progress`` makes one.
-    Raises ValueError on an empty split and ShardError when the cached folder was altered.
+    Raises ValueError on an empty split, ShardError when the cached folder was altered and RuntimeError when
+    the source changes meanwhile.
     """
     progress = progress or _no_progress
     settings: dict[str, Any] = {
@@ -105,6 +106,11 @@ def _write(
             if side in folders:
                 writer.append(folders[side], text)
             progress("tokenize", done, total)
+        if source.fingerprint() != fingerprint:
+            raise RuntimeError(
+                f"source {source.name!r} changed while it was being prepared, so nothing was kept; prepare again "
+                "when nobody writes to it"
+            )
 
 
 @contextmanager

@@ -67,6 +67,16 @@ def test_an_altered_cache_is_refused_not_repaired(corpus, tmp_path):
         again()
 
 
+def test_a_source_that_changes_meanwhile_is_never_published(corpus, tmp_path):
+    def progress(stage, done, total):
+        if (stage, done) == ("tokenize", 5):
+            (corpus / "39.txt").write_text("another text under the same name")
+
+    with pytest.raises(RuntimeError, match="changed while it was being prepared"):
+        prepare(TextFilesSource(corpus), ByteTokenizer(), tmp_path / "o", val_fraction=0.2, progress=progress)
+    assert list((tmp_path / "o").iterdir()) == []
+
+
 def test_two_processes_at_once(corpus, tmp_path):
     code = textwrap.dedent("""
         import sys
