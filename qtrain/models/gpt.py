@@ -118,10 +118,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
 
 
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
+def make_norm(config: GPTConfig, width: int) -> nn.RMSNorm | nn.LayerNorm:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=NORM_EPS)
     return nn.LayerNorm(width, eps=NORM_EPS, bias=config.bias)
+
+
+def _normalise(norm: nn.RMSNorm | nn.LayerNorm | None, x: Tensor) -> Tensor:
+    """``norm`` of ``x`` in the precision of its gain: under autocast ``x`` is bf16 and the fused kernels want one
+    dtype; out comes the dtype of ``x``."""
+    if norm is None:
+        return x
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -134,16 +142,16 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.width, config.width, bias=config.bias)
         self.v = nn.Linear(config.width, config.width, bias=config.bias)
         self.o = nn.Linear(config.width, config.width, bias=config.bias)
-        self.q_norm = make_norm(config, config.head_width) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, config.head_width) if config.qk_norm else nn.Identity()
+        self.q_norm = make_norm(config, config.head_width) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_width) if config.qk_norm else None
         self.q_rope, self.k_rope, self.v_hook = nn.Identity(), nn.Identity(), nn.Identity()
         self.logits_hook: nn.Module | None = None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, sequence, width = x.shape
         shape = (batch, sequence, self.heads, self.head_width)
-        q = self.q_norm(self.q(x).view(shape)).transpose(1, 2)  # [B, H, S, D]
-        k = self.k_norm(self.k(x).view(shape)).transpose(1, 2)
+        q = _normalise(self.q_norm, self.q(x).view(shape)).transpose(1, 2)  # [B, H, S, D]
+        k = _normalise(self.k_norm, self.k(x).view(shape)).transpose(1, 2)
         v = self.v_hook(self.v(x).view(shape).transpose(1, 2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)

@@ -126,6 +126,16 @@ class Record(nn.Module):
         return x
 
 
+def test_qk_norm_bounds_the_logits():
+    attention = tiny(qk_norm=True).blocks[0].attn
+    attention.q_rope, attention.k_rope = Record(), Record()
+    x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)) * 100
+    attention(x, rope_angles(torch.arange(7), 4, 10_000.0))
+    for hook in (attention.q_rope, attention.k_rope):
+        rms = hook.seen.square().mean(-1).sqrt()
+        torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_hook_points_see_what_attention_multiplies(positions):
     model = lively(tiny(positions=positions))
@@ -257,8 +267,10 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens()), model(tokens()))
 
 
-def test_bf16_autocast_stays_close():
-    model = lively(tiny())
+@pytest.mark.filterwarnings("error")
+@variants
+def test_bf16_autocast_stays_close(variant):
+    model = lively(tiny(**variant))
     exact = model(tokens())
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(tokens())
