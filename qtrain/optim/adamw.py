@@ -95,7 +95,7 @@ class AdamW(Optimizer):
     states: an AdamStateRecipe or a mapping of its fields; None keeps float32. seed: of stochastic rounding.
 
     Parameters are float32 or bfloat16. Missing gradients are skipped, non-finite ones propagate (all of a
-    quantization block then decodes to NaN). Raises ValueError for hyperparameters out of range and for other
+    quantization block is then non-finite for good: guard the gradient before the step). Raises ValueError for hyperparameters out of range and for other
     dtypes, sharded tensors and unknown states; RuntimeError for sparse gradients.
     """
 

@@ -10,7 +10,7 @@ at most wherever the grid is coarser than 2^-7 of the value. One table then answ
 
 The table is found by bisection over the patterns with the format's own ``round`` and ``encode``, so that ties
 fall as they do there and formats from outside work too; a format too fine for it has no table. Codes of a NaN
-are unspecified: its block's scale is not finite and decodes all of it to NaN.
+are unspecified: its block's scale is NaN and decodes all of it to NaN.
 
 F rows, K columns, of the matrix that a state is; nc blocks of c columns a row.
 """

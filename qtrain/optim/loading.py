@@ -57,7 +57,8 @@ def _stored_format(kind: str, held: Mapping[str, Any], group: Mapping[str, Any])
     """What the checkpoint holds of a moment, for messages and comparison: ``float32`` or its spec."""
     if f"{kind}.codes" not in held:
         return "float32"
-    fields: dict[str, Any] | None = (group.get("states") or {}).get(kind)
+    formats: Mapping[str, Any] = group["states"] if "states" in group else {}
+    fields = formats.get(kind)
     return "codes of an unnamed format" if fields is None else repr(QuantSpec(**fields))
 
 
