@@ -144,10 +144,12 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
     noise_blocks = None if noise is None else tiling.blocks(noise)
     lo, hi = _clip(blocks, shape, spec)
     if spec.clip == "mse":
+        true = tiling.blocks(torch.ones_like(x, dtype=torch.float32)) > 0
 
         def round_at(ratio: float) -> Tensor:
             scale, _, _, zero = _scale(lo * ratio, hi * ratio, spec)
-            return _round_blocks(blocks, scale, zero, spec, None)[1] * scale
+            rounded = _round_blocks(blocks, scale, zero, spec, None)[1] * scale
+            return torch.where(true, rounded, blocks)  # the filling of a ragged block does not err
 
         ratio = ranges.mse_ratio(blocks, round_at)
         lo, hi = lo * ratio, hi * ratio

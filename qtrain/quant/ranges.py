@@ -80,18 +80,23 @@ def mse_ratio(blocks: Tensor, round_at: Callable[[float], Tensor]) -> Tensor:
 def gaussian_clip(number_format: NumberFormat) -> float:
     """The k that minimises E (Q(z) - z)^2 over z ~ N(0, 1) when the grid ends at k.
 
-    Trapezoidal quadrature over +-9 sigma, golden-section search (the error is unimodal in k up to ripples far
-    below the third digit). QuEST's published constants for midrise grids agree within 0.001 up to 5 bits, 0.0015
-    at 6; at 7 and 8 bits, where the optimum is flat, theirs lie 0.01 and 0.04 below the minimum.
+    With levels q_i, decided at midpoints t_i, and the Gaussian's density f and distribution F, exactly
+
+        E (Q(z) - z)^2 = 1 + sum_i q_i^2 (F(t_i+1) - F(t_i)) + 2 q_i (f(t_i+1) - f(t_i))
+
+    Golden-section search around the best of a coarse grid. QuEST's published constants for midrise grids agree
+    within 0.001 up to 5 bits and 0.0015 at 6; at 7 and 8 bits, where the optimum is flat, theirs lie 0.01 and
+    0.04 below the minimum.
     """
-    z = torch.linspace(-9.0, 9.0, 36001, dtype=torch.float64)
-    density = torch.exp(-z * z / 2)
-    z32 = z.to(torch.float32)
+    levels = number_format.levels().to(torch.float64) / number_format.max
+    end = torch.zeros(1, dtype=torch.float64)
 
     def error(k: float) -> float:
-        scale = k / number_format.max
-        rounded = number_format.round(z32 / scale).to(torch.float64) * scale
-        return float(((rounded - z).square() * density).sum())
+        q = levels * k
+        middle = (q[1:] + q[:-1]) / 2
+        distribution = torch.cat([end, torch.special.ndtr(middle), end + 1.0])
+        density = torch.cat([end, torch.exp(-middle * middle / 2) / math.sqrt(2 * math.pi), end])
+        return float(1.0 + (q * q * distribution.diff() + 2 * q * density.diff()).sum())
 
     coarse = [0.4 + 0.05 * i for i in range(153)]
     start = min(coarse, key=error)
