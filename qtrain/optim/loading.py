@@ -47,9 +47,10 @@ def matched_groups(
                     f"parameter {name!r} meets the state of {other!r} in the checkpoint: their order differs; build "
                     "the model and its groups as in the run that saved it"
                 )
-        own = {key: value for key, value in group.items() if key != "params"}
-        fixed = {key: own[key] for key in ("states", "quantize_states", "names") if key in own}
-        matched.append({**own, **stored, **fixed})
+        own: dict[str, Any] = {key: value for key, value in group.items() if key != "params"}
+        merged: dict[str, Any] = {**own, **stored}
+        merged.update((key, own[key]) for key in ("states", "quantize_states", "names") if key in own)
+        matched.append(merged)
     return matched
 
 
@@ -57,7 +58,7 @@ def _stored_format(kind: str, held: Mapping[str, Any], group: Mapping[str, Any])
     """What the checkpoint holds of a moment, for messages and comparison: ``float32`` or its spec."""
     if f"{kind}.codes" not in held:
         return "float32"
-    formats: Mapping[str, Any] = group["states"] if "states" in group else {}
+    formats: Mapping[str, Any] = group.get("states", {})
     fields = formats.get(kind)
     return "codes of an unnamed format" if fields is None else repr(QuantSpec(**fields))
 

@@ -157,7 +157,7 @@ class StateLayout:
         """The spec, with ``row`` for blocks as long as a row or longer: the same numbers without padding."""
         assert self.spec is not None
         columns = self.spec.blocks.columns
-        whole_row = self.spec.blocks.rows == 1 and columns is not None and columns >= self.matrix[1]
+        whole_row = columns is not None and columns >= self.matrix[1]
         return replace(self.spec, granularity="row") if whole_row else self.spec
 
     @cached_property
