@@ -1,0 +1,25 @@
+"""Quantized layers for any nn.Module.
+
+report = apply_recipe(model, ModelRecipe(linear=...))     # in place, before the optimizer
+census = take_census(model, report, probe)                # what really ran
+census.check()
+"""
+
+from .census import Census, CensusError, take_census
+from .clock import Clock
+from .compiled import CompiledComparison, compare_compiled
+from .linear import QuantizedLinear
+from .surgery import LayerReport, SurgeryReport, apply_recipe
+
+__all__ = [
+    "Census",
+    "CensusError",
+    "Clock",
+    "CompiledComparison",
+    "LayerReport",
+    "QuantizedLinear",
+    "SurgeryReport",
+    "apply_recipe",
+    "compare_compiled",
+    "take_census",
+]

@@ -1,0 +1,144 @@
+"""The census proves what ran: which GEMMs, on which numbers, and whether they are the configured ones.
+
+Names and counters prove nothing: a bf16 matmul can stand beside any counter. The census runs one eager step
+under outside observation (``probe``) and holds every operand and result to the oracle (``observation``).
+``compare_compiled`` (``compiled``) then ties the compiled step to the eager one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .observation import Observation, observe_layer
+from .probe import LayerProbe, Watch
+from .surgery import SurgeryReport
+
+
+class CensusError(RuntimeError):
+    """What ran is not what was configured."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a probe step showed. ``observations``: three operands' pairs and three results a layer."""
+
+    observations: tuple[Observation, ...]
+
+    def failures(self) -> list[str]:
+        """A sentence for each thing that is not as configured."""
+        return [f"{o.layer} {o.name}: {o.problem}" for o in self.observations if o.problem]
+
+    def check(self) -> None:
+        """Raises CensusError, naming the first failures, unless there are none."""
+        failures = self.failures()
+        if failures:
+            more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
+            raise CensusError("what ran is not what was configured: " + "; ".join(failures[:5]) + more)
+
+    def quantized(self) -> list[Observation]:
+        """The observations of quantized operands."""
+        return [o for o in self.observations if o.levels is not None]
+
+    def summary(self) -> str:
+        """One line."""
+        quantized, failures = self.quantized(), self.failures()
+        if not quantized:
+            return f"no quantized operand, {len(failures)} failures"
+        worst = min(quantized, key=lambda o: math.inf if math.isnan(o.sqnr_db) else o.sqnr_db)
+        layers = len({o.layer for o in quantized})
+        return (
+            f"{len(quantized)} quantized operands in {layers} layers seen in their GEMMs, {len(failures)} failures; "
+            f"lowest SQNR {worst.sqnr_db:.1f} dB ({worst.layer} {worst.name})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers; numbers that JSON lacks (nan, inf) as None."""
+        rows = [
+            {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in asdict(o).items()}
+            for o in self.observations
+        ]
+        return {"summary": self.summary(), "failures": self.failures(), "observations": rows}
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=self.summary())
+        for column in (
+            "operand",
+            "spec",
+            "layers",
+            "kernel",
+            "dtype",
+            "distinct",
+            "SQNR dB: min",
+            "median",
+            "max",
+        ):
+            table.add_column(column)
+        groups: dict[tuple[str, ...], list[Observation]] = {}
+        for o in self.observations:
+            groups.setdefault((o.name, o.spec, o.kernel, o.dtype), []).append(o)
+        for (name, spec, kernel, dtype), rows in groups.items():
+            values = sorted(o.sqnr_db for o in rows if not math.isnan(o.sqnr_db)) or [math.nan]
+            most = max((o.distinct or 0 for o in rows), default=0)
+            limit = rows[0].levels
+            shown = f"{most} of {limit}" if limit else ""
+            numbers = [f"{v:.1f}" for v in (values[0], values[len(values) // 2], values[-1])]
+            table.add_row(name, spec, str(len(rows)), kernel, dtype, shown, *numbers)
+        out = StringIO()
+        Console(file=out, width=150).print(table)
+        return out.getvalue()
+
+
+def gradients_of_probe(
+    model: nn.Module, probe: Callable[[nn.Module], Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradient by parameter name) of one step; gradients that were there before are put back."""
+    kept = {name: p.grad for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = None
+    try:
+        with torch.random.fork_rng(enabled=True):
+            loss = probe(model)
+            loss.backward()
+        return float(loss.detach()), {
+            n: p.grad.detach() for n, p in model.named_parameters() if p.grad is not None
+        }
+    finally:
+        for name, p in model.named_parameters():
+            p.grad = kept[name]
+
+
+def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Module], Tensor]) -> Census:
+    """Run ``probe(model) -> scalar loss`` forward and backward once, eagerly, and look at every planned layer.
+
+    The model's parameters, gradients, random state and compiled code are left as they were. Gradients of every
+    probed layer must exist: a probe in which a planned layer takes no part is a failure of the census.
+    """
+    layers = {name: m for name, m in model.named_modules() if name in report.plan}
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    watch = Watch()
+    probes = {name: LayerProbe(layer, report.plan[name], watch) for name, layer in layers.items()}  # type: ignore[arg-type]
+    try:
+        with torch.compiler.set_stance("force_eager"), watch:
+            gradients_of_probe(model, probe)
+    finally:
+        for layer_probe in probes.values():
+            layer_probe.remove()
+    observations: list[Observation] = []
+    for name, layer_probe in probes.items():
+        shared = owners[id(layer_probe.layer.weight)] > 1
+        observations += observe_layer(name, layer_probe, shared_weight=shared)
+    return Census(tuple(observations))
