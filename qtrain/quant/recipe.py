@@ -64,8 +64,12 @@ def _as(cls: type, value: Any) -> Any:
 
 
 def _transform(value: Any, reused: bool, gemm: str) -> Transform | None:
-    transform = Transform.parse(value) if isinstance(value, str) and value != "none" else value
-    transform = None if transform == "none" else transform
+    """None, "none", a Transform, its short form or a mapping of its fields -> Transform or None."""
+    transform = None if value == "none" else value
+    if isinstance(transform, str):
+        transform = Transform.parse(transform)
+    elif isinstance(transform, Mapping):
+        transform = _as(Transform, transform)
     if not isinstance(transform, Transform | None):
         raise TypeError(
             f"{gemm}.transform={transform!r}: expected none, hadamard:B or rht:B, got {type(transform).__name__}"

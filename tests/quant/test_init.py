@@ -1,0 +1,33 @@
+"""What the package offers at its door (``qtrain/quant/__init__.py``)."""
+
+from __future__ import annotations
+
+import qtrain.quant
+from qtrain.quant import granularity, qtensor, recipe, spec, ste, transforms
+
+HOMES = {
+    granularity: ["Granularity"],
+    qtensor: [
+        "QTensor",
+        "Quantized",
+        "dequantize",
+        "dequantize_values",
+        "pack",
+        "quantize",
+        "quantize_values",
+        "unpack",
+    ],
+    recipe: ["DgradRecipe", "FpropRecipe", "LinearRecipe", "ModelRecipe", "Operand", "Rule", "WgradRecipe"],
+    spec: ["QuantSpec"],
+    ste: ["fake_quantize"],
+    transforms: ["Transform"],
+    qtrain.quant.formats: ["NumberFormat", "get_format"],
+}
+
+
+def test_exports():
+    names = [name for listed in HOMES.values() for name in listed]
+    assert sorted(qtrain.quant.__all__) == sorted(names)
+    for module, listed in HOMES.items():
+        for name in listed:
+            assert getattr(qtrain.quant, name) is getattr(module, name)

@@ -1,0 +1,396 @@
+"""QuantSpec: grammar, defaults, validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtrain.quant import Granularity, QuantSpec, get_format
+from qtrain.quant.formats import CodebookFormat, IntegerFormat, format_names
+from qtrain.quant.ranges import gaussian_clip
+from qtrain.quant.spec import CLIPS, ESTIMATORS, LAYOUTS, MODIFIERS, ROUNDINGS, SCALE_FORMATS
+
+PROFILE = settings(deadline=None, derandomize=True, max_examples=80)
+PLUGIN = CodebookFormat("thirds", (-1.0, 0.0, 1.0))
+
+
+def fields_of(spec: QuantSpec) -> dict[str, object]:
+    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+
+
+DEFAULTS = {
+    "granularity": "row",
+    "symmetric": True,
+    "clip": "absmax",
+    "scale_format": "float32",
+    "tensor_scale": False,
+    "rounding": "nearest",
+    "estimator": "ste",
+    "min_scale": 2.0**-100,
+}
+
+
+def test_defaults():
+    assert fields_of(QuantSpec(format="int4")) == {"format": "int4", **DEFAULTS}
+
+
+def test_the_allowed_words():
+    assert SCALE_FORMATS == ("float32", "e8m0", "e8m0_ceil", "e4m3")
+    assert ROUNDINGS == ("nearest", "stochastic")
+    assert ESTIMATORS == ("ste", "clipped", "trust")
+    assert CLIPS == "absmax, percentile:P, mse, rms:K, gaussian"
+    assert list(MODIFIERS) == ["sr", "asym", "mse", "gaussian", "clipped", "trust"]
+    assert list(LAYOUTS) == ["mxfp8", "mxfp4", "mxint8", "nvfp4"]
+
+
+PARSED = {
+    "int4": {"format": "int4"},
+    "int4_row": {"format": "int4"},
+    "int8_tensor": {"format": "int8", "granularity": "tensor"},
+    "int8_column": {"format": "int8", "granularity": "column"},
+    "int4_group128": {"format": "int4", "granularity": "group:128"},
+    "e4m3_block128x64": {"format": "e4m3", "granularity": "block:128x64"},
+    "int4_group128_asym": {"format": "int4", "granularity": "group:128", "symmetric": False},
+    "int8_row_sr": {"format": "int8", "rounding": "stochastic"},
+    "int8_sr_tensor": {"format": "int8", "granularity": "tensor", "rounding": "stochastic"},
+    "int4_row_mse": {"format": "int4", "clip": "mse"},
+    "midrise4_row_gaussian_trust": {"format": "midrise4", "clip": "gaussian", "estimator": "trust"},
+    "int4_clipped": {"format": "int4", "estimator": "clipped"},
+    "dynamic8_unsigned": {"format": "dynamic8_unsigned"},
+    "dynamic8_unsigned_group256": {"format": "dynamic8_unsigned", "granularity": "group:256"},
+    "dynamic8_tensor": {"format": "dynamic8", "granularity": "tensor"},
+    "linear4_nozero_row_sr": {"format": "linear4_nozero", "rounding": "stochastic"},
+    "int2_asym_mse_sr_trust": {
+        "format": "int2",
+        "symmetric": False,
+        "clip": "mse",
+        "rounding": "stochastic",
+        "estimator": "trust",
+    },
+    "mxfp8": {"format": "e4m3", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    "mxfp4": {"format": "e2m1", "granularity": "group:32", "scale_format": "e8m0"},
+    "mxint8": {"format": "int8", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    "nvfp4": {"format": "e2m1", "granularity": "group:16", "scale_format": "e4m3", "tensor_scale": True},
+    "nvfp4_sr": {
+        "format": "e2m1",
+        "granularity": "group:16",
+        "scale_format": "e4m3",
+        "tensor_scale": True,
+        "rounding": "stochastic",
+    },
+    "nvfp4_block16x16": {
+        "format": "e2m1",
+        "granularity": "block:16x16",
+        "scale_format": "e4m3",
+        "tensor_scale": True,
+    },
+    "mxfp4_row": {"format": "e2m1", "granularity": "row", "scale_format": "e8m0"},
+    "int4_row_group8": {"format": "int4", "granularity": "group:8"},
+}
+
+
+@pytest.mark.parametrize(("text", "want"), PARSED.items())
+def test_parse(text, want):
+    assert fields_of(QuantSpec.parse(text)) == {**DEFAULTS, **want}
+    assert QuantSpec.of(text) == QuantSpec.parse(text)
+    assert QuantSpec.of(want) == QuantSpec.parse(text)
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_every_format_parses(name):
+    assert QuantSpec.parse(name).format == name
+    assert QuantSpec.parse(f"{name}_group4_sr").granularity == "group:4"
+
+
+def test_the_granularity_where_the_text_names_none():
+    assert QuantSpec.parse("int4", granularity="group:8").granularity == "group:8"
+    assert QuantSpec.parse("int4_tensor", granularity="group:8").granularity == "tensor"
+    assert QuantSpec.parse("mxfp4", granularity="row").granularity == "group:32"
+    assert QuantSpec.of("int4", granularity="tensor").granularity == "tensor"
+    assert QuantSpec.of({"format": "int4"}, granularity="tensor").granularity == "tensor"
+    assert QuantSpec.of({"format": "int4", "granularity": "row"}, granularity="tensor").granularity == "row"
+    spec = QuantSpec(format="int4")
+    assert QuantSpec.of(spec, granularity="tensor") is spec
+
+
+def test_layouts_are_not_changed_by_parsing():
+    QuantSpec.parse("mxfp4_row_sr")
+    assert LAYOUTS["mxfp4"] == {"format": "e2m1", "granularity": "group:32", "scale_format": "e8m0"}
+
+
+@PROFILE
+@given(
+    name=st.sampled_from([*format_names(), "mxfp4", "nvfp4"]),
+    granularity=st.sampled_from(["", "row", "tensor", "column", "group16", "block4x8"]),
+    words=st.lists(st.sampled_from(["sr", "mse", "clipped", "trust"]), max_size=3, unique=True),
+)
+def test_round_trips(name, granularity, words):
+    spec = QuantSpec.parse("_".join(w for w in (name, granularity, *words) if w))
+    assert QuantSpec.of(fields_of(spec)) == spec
+    assert QuantSpec.of(dataclasses.asdict(spec)) == spec
+    assert hash(QuantSpec.of(dataclasses.asdict(spec))) == hash(spec)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert dataclasses.replace(spec) == spec
+
+
+def test_a_plugin_is_never_split():
+    spec = QuantSpec.parse(f"{__name__}:PLUGIN") if ":" not in __name__ else None
+    assert spec is not None
+    assert spec.granularity == "row"
+    assert spec.number_format == PLUGIN
+    assert QuantSpec.parse(f"{__name__}:PLUGIN", granularity="tensor").granularity == "tensor"
+    assert spec.bits == 2
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"scale_format": "e8m1"},
+            "scale_format='e8m1': allowed are float32, e8m0, e8m0_ceil, e4m3; did you mean e8m0?",
+        ),
+        ({"scale_format": "?"}, "scale_format='?': allowed are float32, e8m0, e8m0_ceil, e4m3"),
+        (
+            {"rounding": "stochastik"},
+            "rounding='stochastik': allowed are nearest, stochastic; did you mean stochastic?",
+        ),
+        ({"estimator": "clip"}, "estimator='clip': allowed are ste, clipped, trust; did you mean clipped?"),
+        ({"estimator": "xyz"}, "estimator='xyz': allowed are ste, clipped, trust"),
+        ({"clip": "max"}, "clip='max': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        ({"clip": "rms"}, "clip='rms': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        ({"clip": "rms:"}, "clip='rms:': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        ({"clip": "rms:."}, "clip='rms:.': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        ({"clip": "rms:1.2.3"}, "clip='rms:1.2.3': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        ({"clip": "rms:-1"}, "clip='rms:-1': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        (
+            {"clip": "percentile:x"},
+            "clip='percentile:x': allowed are absmax, percentile:P, mse, rms:K, gaussian",
+        ),
+        ({"clip": "rms:0"}, "clip='rms:0': the factor must be positive, for example rms:2.5"),
+        (
+            {"clip": "percentile:49.9"},
+            "clip='percentile:49.9': the percentile must lie in 50..100, for example percentile:99.9",
+        ),
+        (
+            {"clip": "percentile:100.1"},
+            "clip='percentile:100.1': the percentile must lie in 50..100, for example percentile:99.9",
+        ),
+        (
+            {"format": "e4m3", "symmetric": False},
+            "symmetric=False with format 'e4m3': a zero point needs an integer format, int2..int8",
+        ),
+        (
+            {"format": "midrise4", "symmetric": False},
+            "symmetric=False with format 'midrise4': a zero point needs an integer format, int2..int8",
+        ),
+        (
+            {"symmetric": False, "clip": "rms:2"},
+            "clip='rms:2' is symmetric; with symmetric=False use absmax, percentile:P or mse",
+        ),
+        (
+            {"symmetric": False, "clip": "gaussian"},
+            "clip='gaussian' is symmetric; with symmetric=False use absmax, percentile:P or mse",
+        ),
+        (
+            {"symmetric": False, "scale_format": "e8m0"},
+            "scale_format='e8m0' with symmetric=False: a zero point needs scale_format=float32",
+        ),
+        (
+            {"tensor_scale": True},
+            "tensor_scale=True with scale_format='float32': a second level needs scale_format=e4m3",
+        ),
+        (
+            {"tensor_scale": True, "scale_format": "e8m0"},
+            "tensor_scale=True with scale_format='e8m0': a second level needs scale_format=e4m3",
+        ),
+        ({"min_scale": 0.0}, "min_scale=0.0: must be at least 2^-100 and finite"),
+        ({"min_scale": 2.0**-101}, f"min_scale={2.0**-101!r}: must be at least 2^-100 and finite"),
+        ({"min_scale": math.inf}, "min_scale=inf: must be at least 2^-100 and finite"),
+        ({"min_scale": math.nan}, "min_scale=nan: must be at least 2^-100 and finite"),
+    ],
+)
+def test_validation(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        QuantSpec(**{"format": "int4", **fields})
+    assert str(raised.value) == message
+
+
+def test_format_and_granularity_are_checked_at_construction():
+    with pytest.raises(ValueError, match=r"^unknown number format 'int44'; did you mean "):
+        QuantSpec(format="int44")
+    with pytest.raises(ValueError, match=r"^granularity 'rows': allowed are "):
+        QuantSpec(format="int4", granularity="rows")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"clip": "percentile:50"},
+        {"clip": "percentile:100"},
+        {"clip": "percentile:99.99"},
+        {"clip": "rms:0.001"},
+        {"clip": "rms:.5"},
+        {"clip": "rms:3."},
+        {"min_scale": 2.0**-100},
+        {"min_scale": 1e30},
+        {"format": "uint4", "symmetric": False},
+        {"symmetric": False, "clip": "mse"},
+        {"symmetric": False, "clip": "percentile:99"},
+        {"tensor_scale": True, "scale_format": "e4m3"},
+        {"scale_format": "e4m3"},
+    ],
+)
+def test_what_is_allowed(fields):
+    spec = QuantSpec(**{"format": "int4", **fields})
+    assert all(getattr(spec, k) == v for k, v in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "near"),
+    [
+        ("int4_rows", "rows", "; did you mean row?"),
+        ("int4_row_tust", "tust", "; did you mean trust?"),
+        ("int4_group", "group", None),
+        ("int4_groupx", "groupx", None),
+        ("int4_block4", "block4", None),
+        ("int4_row_", "", ""),
+        ("int4_row_qqq", "qqq", ""),
+        ("mxfp4_e4m3", "e4m3", ""),
+    ],
+)
+def test_unknown_words(text, word, near):
+    with pytest.raises(ValueError, match="in the spec") as raised:
+        QuantSpec.parse(text)
+    message = str(raised.value)
+    head = (
+        f"{word!r} in the spec {text!r}: allowed are a granularity (tensor, row, column, group<G>, block<R>x<C>) "
+        "and modifiers (sr, asym, mse, gaussian, clipped, trust)"
+    )
+    assert message.startswith(head)
+    if near is not None:
+        assert message == head + near
+
+
+def test_a_group_of_zero_is_refused_by_the_granularity():
+    with pytest.raises(ValueError, match=r"^granularity 'group:0'"):
+        QuantSpec.parse("int4_group0")
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("int44_row", "; did you mean int4?"),
+        ("mxfp5", "; did you mean mxfp"),
+        ("qq_row", "."),
+        ("", "."),
+        ("_int4", "."),
+    ],
+)
+def test_unknown_formats(text, near):
+    with pytest.raises(ValueError, match="is no number format") as raised:
+        QuantSpec.parse(text)
+    message = str(raised.value)
+    first = text.split("_")[0]
+    assert message.startswith(f"spec {text!r}: {first!r} is no number format{near}")
+    allowed = ", ".join([*format_names(), *LAYOUTS])
+    assert message.endswith(f" Allowed: {allowed}, as in int4_row or int8_group128_sr")
+    assert message.count("did you mean") == (near != ".")
+
+
+def test_of():
+    with pytest.raises(ValueError, match="field of a spec") as raised:
+        QuantSpec.of({"format": "int4", "granularty": "row"})
+    assert str(raised.value) == (
+        "field of a spec='granularty': allowed are format, granularity, symmetric, clip, scale_format, tensor_scale, "
+        "rounding, estimator, min_scale; did you mean granularity?"
+    )
+    for value, name in ((3, "int"), (None, "NoneType"), (["int4"], "list")):
+        with pytest.raises(TypeError) as wrong:
+            QuantSpec.of(value)  # type: ignore[arg-type]
+        assert str(wrong.value) == (
+            f"a spec is a QuantSpec, its short form or a mapping, not {name}: {value!r}"
+        )
+    with pytest.raises(TypeError):
+        QuantSpec.of({"granularity": "row"})  # no format
+
+
+# --- what is derived --------------------------------------------------------------------------------------------
+
+
+def test_number_format():
+    assert QuantSpec(format="int4").number_format == IntegerFormat(4)
+    assert QuantSpec(format="int4", symmetric=False).number_format == IntegerFormat(4, signed=False)
+    assert QuantSpec(format="e4m3").number_format == get_format("e4m3")
+    assert QuantSpec(format="int3", symmetric=False).bits == 3
+    assert QuantSpec(format="dynamic8").bits == 8
+
+
+def test_blocks_and_folds():
+    assert QuantSpec(format="int4", granularity="block:2x3").blocks == Granularity(2, 3)
+    for granularity, folds in (("tensor", True), ("row", True), ("column", False), ("group:4", False)):
+        assert QuantSpec(format="int4", granularity=granularity).folds is folds
+
+
+def test_stochastic():
+    assert QuantSpec(format="int4", rounding="stochastic").stochastic is True
+    assert QuantSpec(format="int4").stochastic is False
+
+
+@pytest.mark.parametrize(
+    ("clip", "want"),
+    [
+        ("absmax", ("absmax", 0.0)),
+        ("mse", ("mse", 0.0)),
+        ("percentile:99.5", ("percentile", 99.5)),
+        ("rms:2.25", ("rms", 2.25)),
+        ("rms:.5", ("rms", 0.5)),
+    ],
+)
+def test_clip_kind_and_value(clip, want):
+    assert QuantSpec(format="int4", clip=clip).clip_kind_and_value == want
+
+
+def test_the_gaussian_clip_is_that_of_the_format():
+    for name in ("int4", "midrise4", "e2m1"):
+        spec = QuantSpec(format=name, clip="gaussian")
+        assert spec.clip_kind_and_value == ("rms", gaussian_clip(get_format(name)))
+
+
+def test_frozen_and_hashable():
+    spec = QuantSpec.parse("int4_row")
+    assert spec.number_format is spec.number_format  # derived once
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.format = "int8"  # type: ignore[misc]
+    assert len({spec, QuantSpec(format="int4"), QuantSpec.parse("int4")}) == 1
+    assert spec != QuantSpec.parse("int4_tensor")
+    with pytest.raises(TypeError):
+        QuantSpec("int4")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (QuantSpec(format="int4"), "int4 row"),
+        (QuantSpec(format="int4", granularity="group:128", symmetric=False), "int4 group:128 asym"),
+        (QuantSpec(format="int4", clip="percentile:99.9"), "int4 row percentile:99.9"),
+        (QuantSpec.parse("nvfp4_sr"), "e2m1 group:16 scale:e4m3 tensor_scale sr"),
+        (QuantSpec.parse("mxfp4"), "e2m1 group:32 scale:e8m0"),
+        (QuantSpec(format="int8", estimator="trust", min_scale=1e-5), "int8 row trust min_scale:1e-05"),
+        (QuantSpec(format="int8", estimator="clipped", rounding="stochastic"), "int8 row sr clipped"),
+        (
+            QuantSpec(format="int8", symmetric=False, clip="mse", rounding="stochastic", estimator="clipped"),
+            "int8 row asym mse sr clipped",
+        ),
+    ],
+)
+def test_str(spec, text):
+    assert str(spec) == text
