@@ -1,0 +1,328 @@
+"""``qtrain COMMAND key=value ...``: the command line.
+
+    qtrain train recipe=qpt w=int4_row steps=2000        one run
+    qtrain train -m w=int8_row,int4_row seed=0,1         every combination
+    qtrain train --config-dir my_configs recipe=mine     your own configs beside the package's
+    qtrain train --cfg recipe=qpt                        print the composed config and stop
+
+Hydra composes the config and drives sweeps and launchers. Before it does, every override of every run is checked
+(``qtrain.overrides``) and the command refuses what cannot run, so that a mistake costs a second and a sweep never
+dies in the middle for its own spelling. Exit codes: 2 for such a mistake, else what the command returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import qtrain
+from qtrain.commands import ENTRIES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qtrain.overrides import Overrides
+
+# Hydra's own choices of this program, unless the user makes them
+HYDRA_DEFAULTS = {"hydra/output": "qtrain", "hydra/job_logging": "stdout"}
+
+
+class RunFailed(Exception):
+    """A command returned an exit code other than 0; it has said why itself."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def config_dir() -> Path:
+    """The folder of the configs: ``qtrain/configs`` of an installed wheel, ``configs`` of a checkout.
+
+    Raises FileNotFoundError where neither exists.
+    """
+    package = Path(__file__).parent
+    installed, checkout = package / "configs", package.parent / "configs"
+    if installed.is_dir():
+        return installed
+    if checkout.is_dir() and (package.parent / "pyproject.toml").is_file():
+        return checkout
+    raise FileNotFoundError(
+        f"no configs at {installed} (an installed wheel) nor {checkout} (a checkout): install qtrain again"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("QTRAIN_DEBUG") == "1"
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"qtrain {qtrain.__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in ENTRIES:
+        import difflib
+
+        close = difflib.get_close_matches(name, ENTRIES, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        return _refuse(f"unknown command {name!r}{hint} Commands: {', '.join(ENTRIES)} (qtrain --help)")
+    from qtrain.overrides import UserError
+
+    try:
+        return _command(name, rest)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        return _refuse(str(error))
+    except RunFailed as failed:
+        return failed.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+
+
+def _refuse(message: str) -> int:
+    print("\n".join(f"qtrain: {line}" for line in message.splitlines()), file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    width = max(map(len, ENTRIES))
+    lines = [f"  {name:<{width}}  {line}" for name, (_, line) in ENTRIES.items()]
+    return "\n".join(
+        [
+            "usage: qtrain COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "  qtrain COMMAND --help             its keys and config groups",
+            "  qtrain COMMAND -m key=a,b         every combination of the values, one run each",
+            "  qtrain COMMAND --cfg              print the composed config and stop",
+            "  qtrain COMMAND --config-dir DIR   your own configs, searched before the package's",
+            "  qtrain COMMAND --allow-target P   let configs name classes of the package P (repeatable)",
+            "",
+            "QTRAIN_DEBUG=1 shows the stack trace of every error.",
+        ]
+    )
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"qtrain {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-cd", "--config-dir", metavar="DIR")
+    parser.add_argument("--allow-target", action="append", default=[], metavar="PACKAGE")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+def _command(name: str, rest: list[str]) -> int:
+    from qtrain.overrides import Overrides, UserError
+
+    module = importlib.import_module(ENTRIES[name][0])
+    forwards = getattr(module, "FORWARDS", {})
+    if rest and rest[0] in forwards:
+        return forwards[rest[0]](rest[1:])
+    options, unknown = _parser(name).parse_known_intermixed_args(rest)
+    flags = [word for word in unknown if word.startswith("-")]
+    if flags:
+        raise UserError(
+            f"unknown option {flags[0]}; qtrain {name} takes key=value, -m, --cfg, --config-dir, --allow-target, --help"
+        )
+    if options.config_dir is not None and not Path(options.config_dir).is_dir():
+        raise UserError(f"--config-dir {options.config_dir}: no such folder")
+    words = _overrides(module, name, options.overrides + unknown)
+    hydra = _hydra(name, options.config_dir)
+    checks = Overrides(hydra.config_loader, module.CONFIG, words)  # type: ignore[arg-type]
+    if options.help:
+        print(_command_help(name, module, checks))
+        return 0
+    if options.cfg:
+        return _print_config(checks, options.multirun)
+    _check_all(module, checks, options.multirun, options.allow_target)
+    return _launch(hydra, name, module, words, checks, options.multirun)
+
+
+def _overrides(module: ModuleType, name: str, words: list[str]) -> list[str]:
+    """The overrides: bare words become the command's positional key, Hydra's defaults of this program are added."""
+    from qtrain.overrides import UserError
+
+    positional = getattr(module, "POSITIONAL", None)
+    overrides = []
+    for word in words:
+        if "=" in word or word.startswith("~"):
+            overrides.append(word)
+        elif positional is not None and not any(o.startswith(f"{positional}=") for o in overrides):
+            overrides.append(f"{positional}={word}")
+        else:
+            raise UserError(f"{word!r} is no key=value; see qtrain {name} --help")
+    given = {o.split("=")[0].lstrip("+") for o in overrides}
+    defaults = [f"{key}={value}" for key, value in HYDRA_DEFAULTS.items() if key not in given]
+    return defaults + overrides
+
+
+def _hydra(name: str, users_configs: str | None) -> Any:
+    """Hydra over the package's configs, the user's before them."""
+    from hydra import version
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    path = create_config_search_path(str(config_dir()))
+    assert isinstance(path, ConfigSearchPathImpl)
+    if users_configs is not None:
+        path.prepend("command-line", f"file://{Path(users_configs).resolve()}")
+    return Hydra.create_main_hydra2(name, path)
+
+
+def _check_all(module: ModuleType, checks: Overrides, multirun: bool, allowed: Sequence[str]) -> None:
+    """Every run of the command line, before the first one starts. Raises UserError."""
+    from qtrain.overrides import UserError, reason, resolved
+    from qtrain.targets import check_targets
+
+    runs = checks.combinations(multirun=multirun)
+    composed = []
+    for i, overrides in enumerate(runs):
+        config = checks.compose(overrides)
+        _as_job(config, i)
+        check_targets(resolved(config), allowed)
+        check_targets({"hydra": _hydra_container(config)}, allowed)
+        composed.append(config)
+    for overrides, config in zip(runs, composed, strict=True):
+        _set_hydra_config(config)
+        try:
+            module.check(_task_config(config))
+        except Exception as error:
+            if not _is_users(error):
+                raise
+            which = " ".join(o for o in overrides if not o.startswith("hydra"))
+            where = f" (in the run {which})" if len(runs) > 1 else ""
+            raise UserError(f"{reason(error)}{where}") from error
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether a refused value lies behind ``error``, at whatever depth of Hydra's wrapping."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, ValueError | TypeError | InstantiationException | OmegaConfBaseException)
+
+
+def _hydra_container(config: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(config.hydra, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _as_job(config: DictConfig, number: int) -> None:
+    """What a launcher sets in a run's config, for configs that refer to it."""
+    from omegaconf import open_dict, read_write
+
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.job.id = str(number)
+        config.hydra.job.num = number
+        config.hydra.runtime.output_dir = str(Path.cwd())
+    _set_hydra_config(config)
+
+
+def _set_hydra_config(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    HydraConfig.instance().set_config(config)
+
+
+def _task_config(config: DictConfig) -> DictConfig:
+    """The command's own part."""
+    import copy
+
+    from omegaconf import open_dict, read_write
+
+    task = copy.deepcopy(config)
+    with read_write(task), open_dict(task):
+        del task["hydra"]
+    return task
+
+
+def _job(module_name: str, config: DictConfig) -> int:
+    """One run; a plain function of the module, so that launchers can send it to other machines."""
+    try:
+        code = importlib.import_module(module_name).run(config)
+    except Exception:
+        # Now, since a sweep raises the first failure only, and that when all runs are done
+        traceback.print_exc()
+        raise RunFailed(1) from None
+    if code:
+        raise RunFailed(code)
+    return code
+
+
+def _launch(
+    hydra: Any, name: str, module: ModuleType, words: list[str], checks: Overrides, multirun: bool
+) -> int:
+    job = functools.partial(_job, ENTRIES[name][0])
+    if multirun:
+        hydra.multirun(module.CONFIG, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
+        return 0
+    return hydra.run(module.CONFIG, job, [*words, "hydra.mode=RUN"]).return_value
+
+
+def _deferred(words: list[str], checks: Overrides) -> list[str]:
+    """Where a group is swept, Hydra applies the values that are not swept to the group's default option first,
+    which may lack the key (``recipe=a,b w=int4_row``). A choice of one reaches the runs alone."""
+    parsed = checks.parse(words)
+    if not any(o.is_sweep_override() and checks.options(o.key_or_group) for o in parsed):
+        return words
+    return [
+        f"{o.key_or_group}=choice({o.get_value_string()})"
+        if o.type.name == "CHANGE"
+        and not (o.is_hydra_override() or o.is_sweep_override() or checks.options(o.key_or_group))
+        else word
+        for word, o in zip(words, parsed, strict=True)
+    ]
+
+
+def _print_config(checks: Overrides, multirun: bool) -> int:
+    from omegaconf import OmegaConf
+
+    for overrides in checks.combinations(multirun=multirun):
+        config = checks.compose(overrides)
+        if multirun:
+            print(f"# {' '.join(o for o in overrides if not o.startswith('hydra'))}")
+        print(OmegaConf.to_yaml(_task_config(config)), end="")
+    return 0
+
+
+def _command_help(name: str, module: ModuleType, checks: Overrides) -> str:
+    """The command's docstring, its config and the options of the groups that are in it."""
+    from omegaconf import OmegaConf
+
+    config = checks.compose(checks.combinations(multirun=False)[0])
+    chosen = {k: v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+    lines = [f"qtrain {name}: {ENTRIES[name][1]}", "", (module.__doc__ or "").strip(), ""]
+    if chosen:
+        lines.append("config groups (group=option):")
+        lines += [f"  {g}={v}   of {', '.join(checks.options(str(g)))}" for g, v in chosen.items()]
+        lines.append("")
+    return "\n".join([*lines, "keys and their values:", OmegaConf.to_yaml(_task_config(config)).rstrip()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
