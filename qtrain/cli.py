@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
     from qtrain.overrides import Overrides
 
-# Hydra's own choices of this program, unless the user makes them
-HYDRA_DEFAULTS = {"hydra/output": "qtrain", "hydra/job_logging": "stdout"}
+# How Hydra is set for this program, unless the user says otherwise: it writes nothing of its own
+HYDRA_DEFAULTS = {
+    "hydra/output": "qtrain",
+    "hydra/job_logging": "stdout",
+    "hydra.output_subdir": "null",
+    "hydra.job.chdir": "false",
+}
 
 
 class RunFailed(Exception):

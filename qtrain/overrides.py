@@ -28,13 +28,17 @@ class UserError(Exception):
 
 
 def near(word: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """The names closest to ``word``: those with the same last part first (``lr``: ``optimizer.lr``)."""
+    """The names closest to ``word``: those with the same last part first (``lr``: ``optimizer.lr``), then those
+    whose last part is close, and for a word without dots those that are close as a whole."""
     tail = word.rsplit(".", 1)[-1]
-    same_tail = [name for name in names if name.rsplit(".", 1)[-1] == tail]
-    by_name = difflib.get_close_matches(word, list(names), n=count, cutoff=0.6)
-    tails: dict[str, str] = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-    by_tail = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=count, cutoff=0.7)]
-    return list(dict.fromkeys([*same_tail, *by_name, *by_tail]))[:count]
+    by_tail: dict[str, list[str]] = {}
+    for name in names:
+        by_tail.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    found = list(by_tail.get(tail, []))
+    for close in difflib.get_close_matches(tail, list(by_tail), n=count, cutoff=0.65):
+        found += by_tail[close]
+    found += difflib.get_close_matches(word, list(names), n=count, cutoff=0.8)
+    return list(dict.fromkeys(found))[:count]
 
 
 def did_you_mean(word: str, names: Sequence[str]) -> str:
@@ -193,6 +197,12 @@ class Overrides:
     def _unknown_key(self, override: Override, base: DictConfig, known: list[str]) -> str:
         key = override.key_or_group
         text = f"{override.get_key_element()}: no such key in {self.config_name}"
+        parent = key.rsplit(".", 1)[0] if "." in key else ""
+        inside = bool(parent) and _has(base, parent)
+        target = OmegaConf.select(base, f"{parent}._target_") if inside else None
+        added = (
+            f". An argument of {target} that the config leaves out is set with +{key}=..." if target else ""
+        )
         owners = self._owners(key)
         if owners:
             shown = []
@@ -200,18 +210,11 @@ class Overrides:
                 chosen = OmegaConf.select(base, f"hydra.runtime.choices.{group}")
                 now = f" (this is {group}={chosen})" if chosen is not None else ""
                 shown.append(f"{group}={'|'.join(options)} has it{now}")
-            return f"{text}; {'; '.join(shown)}"
-        parent = key.rsplit(".", 1)[0] if "." in key else None
-        if parent is not None and _has(base, parent):
-            target = OmegaConf.select(base, f"{parent}._target_")
+            return f"{text}; {'; '.join(shown)}{added}"
+        if inside:
             siblings = [k for k in known if k.startswith(f"{parent}.") and "." not in k[len(parent) + 1 :]]
             close = did_you_mean(key, siblings) or f"; {parent} has {', '.join(_tails(siblings))}"
-            added = (
-                f" An argument of {target} that the config leaves out is set with +{key}=..."
-                if target
-                else ""
-            )
-            return f"{text}{close}{added}"
+            return f"{text}{close}{added if close.startswith('; ' + parent) else ''}"
         close = did_you_mean(key, known + self.groups())
         return text + (close or f"; the top-level keys are {', '.join(k for k in known if '.' not in k)}")
 

@@ -1,0 +1,357 @@
+"""Time a training step (``qtrain bench step``) or a kernel (``qtrain bench kernels --op NAME``).
+
+A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
+in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
+bootstrap interval over rounds. CPU time (of all threads of this process) is compared too: other jobs
+stretch the wall clock, and CPU time much less.
+
+    unquantized_compiled   the model as it is, torch.compile; what the others are compared with
+    recipe_compiled        the model after ``apply_recipe``, torch.compile
+    fake_quant_eager       W8A8G8 as it is usually written: quantize-dequantize around F.linear, eager
+    unquantized_eager      the model as it is, eager
+
+The third is the formulation of "Exploring Quantization for Efficient Pre-Training of Transformer Language Models"
+(arXiv 2407.11722): W per output channel, x per token, and g per token for dW only. Its operations are in place
+where they can be, its estimator is one autograd.Function, and it leaves out what the recipes add (non-finite
+values, zero rows but for a floor), so that it is no slower than its authors would have it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+    from torch import Tensor, nn
+
+    from qtrain.models.gpt import GPT, GPTConfig
+    from qtrain.quant import ModelRecipe
+
+CONFIG = "bench"
+POSITIONAL = "what"
+BASELINE = "unquantized_compiled"
+ARMS = (BASELINE, "recipe_compiled", "fake_quant_eager", "unquantized_eager")
+RESAMPLES = 2000  # the interval's ends then vary by about 1 % of its width from seed to seed
+Samples = dict[str, list[float]]
+
+
+def forward_kernels(arguments: list[str]) -> int:
+    """``qtrain bench kernels ...`` is ``python -m qtrain_kernels.bench ...``."""
+    from qtrain_kernels import bench
+
+    bench.main(arguments)
+    return 0
+
+
+FORWARDS = {"kernels": forward_kernels}
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ValueError or TypeError for what cannot be timed."""
+    import torch
+
+    if cfg.what != "step":
+        raise ValueError(f"what={cfg.what!r}: allowed are step and kernels (qtrain bench kernels --help)")
+    unknown = [arm for arm in cfg.arms if arm not in ARMS]
+    if unknown or not cfg.arms:
+        raise ValueError(f"arms={list(cfg.arms)}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
+    if len(set(cfg.arms)) < len(cfg.arms):
+        raise ValueError(f"arms={list(cfg.arms)}: name each arm once")
+    for key, least in (("batch", 1), ("sequence_tokens", 1), ("rounds", 5), ("warmup_rounds", 1)):
+        if not isinstance(cfg[key], int) or cfg[key] < least:
+            raise ValueError(f"{key}={cfg[key]!r}: must be an integer of at least {least}")
+    if cfg.precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision={cfg.precision!r}: allowed are bf16 and fp32")
+    if cfg.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={cfg.device!r}: allowed are auto, cpu and cuda")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch finds no CUDA device; device=cpu times the CPU")
+    if any(arm.endswith("_compiled") for arm in cfg.arms) and _device(cfg) == "cpu" and not _compiler():
+        raise ValueError(
+            "arms that are compiled need a C++ compiler on a CPU: install g++, or give arms=[fake_quant_eager,unquantized_eager]"
+        )
+    config, _ = _model_config(cfg), _recipe(cfg)
+    if cfg.sequence_tokens > config.sequence_tokens:
+        raise ValueError(
+            f"sequence_tokens={cfg.sequence_tokens}: this model reads at most {config.sequence_tokens}"
+        )
+
+
+def run(cfg: DictConfig) -> int:
+    """Prints the table and writes the JSON file."""
+    device = _device(cfg)
+    steps = {arm: build_arm(arm, cfg, device) for arm in cfg.arms}
+    print(f"{', '.join(steps)}: warming up, which compiles", flush=True)
+    wall, cpu = timed_in_turns(steps, device, cfg.rounds, cfg.warmup_rounds)
+    rows = summarize(wall, cpu)
+    report = {"rows": rows, "settings": settings(cfg), **provenance(device), "wall_ms": wall, "cpu_ms": cpu}
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"step_{stamp}.json"
+    write_atomically(path, json.dumps(report, indent=1))
+    print(table(rows))
+    print(", ".join(f"{k} {report[k]}" for k in ("device", "threads", "torch", "triton", "commit")))
+    print(f"written to {path}")
+    return 0
+
+
+def _device(cfg: DictConfig) -> str:
+    import torch
+
+    if cfg.device != "auto":
+        return str(cfg.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _compiler() -> str | None:
+    names = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _model_config(cfg: DictConfig) -> GPTConfig:
+    from hydra.utils import instantiate
+
+    return instantiate(cfg.model)
+
+
+def _recipe(cfg: DictConfig) -> ModelRecipe:
+    from hydra.utils import instantiate
+
+    from qtrain.quant import ModelRecipe
+
+    recipe = instantiate(cfg.recipe, _convert_="all")
+    if not isinstance(recipe, ModelRecipe):
+        raise TypeError(f"recipe is a {type(recipe).__name__}; its _target_ must be qtrain.quant.ModelRecipe")
+    return recipe
+
+
+def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
+    """A function that runs step number i of ``arm``: every arm has the same initial weights and tokens."""
+    import torch
+    import torch.nn.functional as F
+
+    from qtrain.models.gpt import GPT
+    from qtrain.nn.surgery import apply_recipe
+
+    model: GPT = GPT(_model_config(cfg), seed=cfg.seed).to(device)
+    clock = None
+    if arm == "recipe_compiled":
+        clock = apply_recipe(model, _recipe(cfg), seed=cfg.seed).clock
+    elif arm == "fake_quant_eager":
+        fake_quantize_linears(model, exclude=("lm_head",))
+    generator = torch.Generator().manual_seed(cfg.seed)
+    shape = (cfg.batch, cfg.sequence_tokens + 1)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+            logits = model(inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    compute = torch.compile(loss_of, dynamic=False) if arm.endswith("_compiled") else loss_of
+
+    def step(i: int) -> None:
+        model.zero_grad(set_to_none=True)
+        if clock is not None:
+            clock.set(step=i)
+        compute(tokens[:, :-1], tokens[:, 1:]).backward()
+
+    return step
+
+
+def fake_quantize_linears(model: nn.Module, exclude: Sequence[str]) -> None:
+    """Gives every nn.Linear, those named in ``exclude`` aside, an eager W8A8G8 forward."""
+    import types
+
+    from torch import nn
+
+    forward = _fake_quant_forward()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in exclude:
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] -> its nearest numbers on 255 levels, one scale a row: round(x / s) s with s = max|x| / 127."""
+    scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-12)
+    return x.div(scale).round_().clamp_(-127, 127).mul_(scale)
+
+
+def _fake_quant_forward() -> Callable[..., Any]:
+    import torch
+    import torch.nn.functional as F
+
+    class StraightThrough(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return quantize_dequantize(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0]
+
+    class Linear(torch.autograd.Function):
+        """y = x W^T; dx from g, dW from the quantized g."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return F.linear(x, weight)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            g = grads[0]
+            gq = quantize_dequantize(g)
+            return g @ weight, gq.flatten(0, -2).t() @ x.flatten(0, -2)
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        xq, wq = StraightThrough.apply(x), StraightThrough.apply(self.weight)
+        with torch.autocast(kind, enabled=False):
+            y = Linear.apply(xq.to(dtype), wq.to(dtype))
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    return forward
+
+
+def timed_in_turns(
+    steps: Mapping[str, Callable[[int], None]], device: str, rounds: int, warmup_rounds: int
+) -> tuple[Samples, Samples]:
+    """(wall ms, CPU ms) of each arm, one of each a round."""
+    import torch
+
+    def finish() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    names = list(steps)
+    wall: Samples = {name: [] for name in names}
+    cpu: Samples = {name: [] for name in names}
+    for i in range(warmup_rounds + rounds):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            finish()
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
+            steps[name](i)
+            finish()
+            if i >= warmup_rounds:
+                cpu[name].append((time.process_time() - cpu_start) * 1e3)
+                wall[name].append((time.perf_counter() - wall_start) * 1e3)
+    return wall, cpu
+
+
+def ratio_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """(ratio of medians, its 2.5th and 97.5th percentile over resampled rounds). Rounds are resampled as pairs,
+    since what slows one arm in a round slows the other."""
+    import numpy as np
+
+    a, b = np.asarray(values), np.asarray(base)
+    drawn = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def summarize(wall: Samples, cpu: Samples) -> list[dict[str, Any]]:
+    """One row an arm; ratios to the baseline, or to the first arm where the baseline was not timed."""
+    import numpy as np
+
+    base = BASELINE if BASELINE in wall else next(iter(wall))
+    rows = []
+    for name, values in wall.items():
+        p20, median, p80 = (float(q) for q in np.quantile(values, [0.2, 0.5, 0.8]))
+        row: dict[str, Any] = {"arm": name, "median_ms": median, "p20_ms": p20, "p80_ms": p80}
+        row |= {"cpu_median_ms": float(np.median(cpu[name])), "rounds": len(values), "ratio_to": base}
+        for key, samples in (("ratio", wall), ("cpu_ratio", cpu)):
+            ratio, low, high = ratio_interval(samples[name], samples[base])
+            row |= {key: ratio, f"{key}_low": low, f"{key}_high": high}
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table; intervals in brackets."""
+    base = rows[0]["ratio_to"]
+    lines = [
+        f"| arm | median ms | p20 | p80 | time / {base} (95 %) | CPU ms | CPU time ratio (95 %) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ratio = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
+        cpu_ratio = f"{r['cpu_ratio']:.3f} [{r['cpu_ratio_low']:.3f}, {r['cpu_ratio_high']:.3f}]"
+        times = f"{r['median_ms']:.1f} | {r['p20_ms']:.1f} | {r['p80_ms']:.1f}"
+        lines.append(f"| {r['arm']} | {times} | {ratio} | {r['cpu_median_ms']:.1f} | {cpu_ratio} |")
+    return "\n".join(lines)
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """What was timed, as plain values."""
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where the numbers come from."""
+    import importlib.metadata
+
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for name in ("qtrain", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **versions,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" with uncommitted changes of tracked files; None outside a checkout (a wheel
+    installed below someone else's repository is none)."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        here = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*here, *arguments], capture_output=True, text=True)
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+        return None
+    dirty = "-dirty" if git("status", "--porcelain", "-uno").stdout.strip() else ""
+    return git("rev-parse", "HEAD").stdout.strip() + dirty
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader of ``path`` sees the old file or the whole new one. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
