@@ -1,0 +1,77 @@
+"""qtrain train: train a model under a recipe, and leave a folder that says everything about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG = "train"
+# Exit status of a run that ended with a verdict instead of a result: not an error of the program.
+VERDICT_EXIT = 3
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+# Shorter values would be found in ordinary words and numbers.
+_SECRET_CHARACTERS = 8
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as dicts, lists, strings and numbers.
+
+    Raises ValueError for a value that is still missing (???), and for one that holds the value of an environment
+    variable whose name says that it is secret: the configuration is saved with the run.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: a value is missing; give it as {missing[0]}=...")
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    secrets = {
+        name: value
+        for name, value in os.environ.items()
+        if _SECRET.search(name) and len(value) >= _SECRET_CHARACTERS
+    }
+    for key, text in _strings(config):
+        for name, value in secrets.items():
+            if value in text:
+                raise ValueError(
+                    f"{key} holds the value of ${name}, and the configuration is saved with the run; leave it to the "
+                    "environment, where the program that needs it finds it"
+                )
+    return config
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, string) of every string in nested containers."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
+    from qtrain.training.assembly import assemble
+    from qtrain.training.wandb_logger import check_logger
+
+    config = plain(cfg)
+    check_logger(config["logger"])
+    assemble(config)
+
+
+def run(cfg: DictConfig) -> int:
+    """Train. 0 where the run completed, 3 where it ended with a verdict."""
+    from qtrain.training.assembly import assemble
+    from qtrain.training.fit import train
+
+    verdict, folder = train(assemble(plain(cfg)))
+    if verdict.good:
+        return 0
+    print(f"stopped: {verdict.message}\nwhat is left lies in {folder}", file=sys.stderr)
+    return VERDICT_EXIT

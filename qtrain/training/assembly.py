@@ -1,0 +1,179 @@
+"""From a plain configuration to the parts of a run, without Lightning and without Hydra.
+
+A configuration is nested dicts, lists, strings and numbers, as it stands in ``config.yaml`` and inside every
+checkpoint; ``_target_`` names the class that a mapping describes. So a saved run is built again, in a notebook
+as by a command, from what it saved. Building everything here costs milliseconds: a wrong value is found before
+data are read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from qtrain.data.sources import TextSource
+from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.optim import parameter_groups
+from qtrain.quant import ModelRecipe
+
+from .settings import RunSettings
+
+# What the optimizer's mapping holds beside the arguments of its class.
+_CLIP = "clip_norm"
+
+
+def locate(target: str) -> Any:
+    """The class or function of a dotted name; raises ValueError where there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_ {target!r}: {error}; write package.module.Name of something that exists")
+
+
+def build(value: Any, **more: Any) -> Any:
+    """``value`` with every mapping that has a ``_target_`` replaced by that target called on its other keys.
+    more: further arguments of the outermost. Raises ValueError, naming the target, for arguments it lacks."""
+    if isinstance(value, Mapping):
+        built = {str(k): build(v) for k, v in value.items() if k != "_target_"}
+        if "_target_" not in value:
+            return built
+        target = locate(value["_target_"])
+        try:
+            return target(**built, **more)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise ValueError(f"{value['_target_']}: {error}") from error
+    if isinstance(value, list | tuple):
+        return [build(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerParts:
+    """``make(groups)`` gives the optimizer. clip_norm: of the whole gradient; None: no clipping."""
+
+    target: Mapping[str, Any]
+    weight_decay: float
+    clip_norm: float | None
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> OptimizerParts:
+        """Raises ValueError for a clip that is not positive and for whatever the optimizer refuses."""
+        clip = config.get(_CLIP)
+        if clip is not None and not clip > 0:
+            raise ValueError(f"optimizer.{_CLIP}={clip!r}: must be positive, or null for no clipping")
+        target = {k: v for k, v in config.items() if k != _CLIP}
+        parts = OptimizerParts(
+            target=target, weight_decay=float(config.get("weight_decay", 0.0)), clip_norm=clip
+        )
+        parts.make([{"params": [nn.Parameter(torch.zeros(1))]}])
+        return parts
+
+    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
+        return build(self.target, params=groups)
+
+    def for_model(self, model: nn.Module) -> Optimizer:
+        return self.make(parameter_groups(model, self.weight_decay))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The parts of a run. ``config`` is the plain configuration they were made from."""
+
+    config: Mapping[str, Any]
+    settings: RunSettings
+    model_config: GPTConfig
+    recipe: ModelRecipe
+    optimizer: OptimizerParts
+    schedule: Callable[[int], float]
+    tokenizer: Tokenizer
+    source: TextSource
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run, as the trainer's configuration says."""
+        trainer = self.config["trainer"]
+        return int(trainer["devices"]) * int(trainer["num_nodes"])
+
+    def make_model(self) -> nn.Module:
+        """The model with its initial weights, in high precision."""
+        return GPT(
+            self.model_config,
+            seed=self.settings.seed,
+            activation_checkpointing=self.settings.activation_checkpointing,
+        )
+
+
+def _check_fit(parts: Assembly) -> None:
+    """What one part demands of another."""
+    settings, model, vocabulary = parts.settings, parts.model_config, parts.tokenizer.vocab_size
+    if settings.sequence_tokens > model.sequence_tokens:
+        raise ValueError(
+            f"sequence_tokens={settings.sequence_tokens} exceeds model.sequence_tokens={model.sequence_tokens}; "
+            "shorten the sequences or raise both"
+        )
+    if model.vocab_size < vocabulary:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} ids of the tokenizer "
+            f"{parts.tokenizer.name!r}; set model.vocab_size={vocabulary} or more"
+        )
+    settings.accumulate(parts.world_size)
+    tokens = settings.micro_batch_sequences * settings.sequence_tokens
+    for recipe in (parts.recipe.linear, *(rule.recipe for rule in parts.recipe.rules)):
+        if recipe is not None and recipe.wgrad.transform is not None:
+            recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
+
+
+def _check_machine(settings: RunSettings) -> None:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device; pass device=cpu or device=auto")
+    on_cuda = resolved_device(settings.device) == "cuda"
+    if settings.compile and not on_cuda:
+        compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
+        if not any(shutil.which(c) for c in compilers):
+            raise ValueError(
+                "compile=true on a CPU needs a C++ compiler, and there is no g++ or clang++; install one, or pass "
+                "compile=false"
+            )
+
+
+def resolved_device(device: str) -> str:
+    """``cuda`` or ``cpu``; ``auto`` is CUDA where there is some."""
+    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assemble(config: Mapping[str, Any]) -> Assembly:
+    """The parts of the run that ``config`` describes, checked alone and against each other.
+
+    Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
+    """
+    data = config["data"]
+    recipe = build(config["recipe"])
+    if not isinstance(recipe, ModelRecipe):
+        raise TypeError(
+            f"recipe is a {type(recipe).__name__}: give it _target_: qtrain.quant.ModelRecipe, as in configs/recipe"
+        )
+    parts = Assembly(
+        config=config,
+        settings=RunSettings.of(config),
+        model_config=build(config["model"]),
+        recipe=recipe,
+        optimizer=OptimizerParts.of(config["optimizer"]),
+        schedule=build(config["schedule"]),
+        tokenizer=get_tokenizer(data["tokenizer"]),
+        source=build(data["source"]),
+    )
+    _check_fit(parts)
+    _check_machine(parts.settings)
+    return parts

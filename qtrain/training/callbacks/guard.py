@@ -1,0 +1,55 @@
+"""The guard: a step whose loss or gradient is not finite is never applied.
+
+It decides when the gradient is complete (accumulated and, over several processes, reduced: so all decide alike),
+before clipping and before the optimizer. The weights are then those of the last good step; they are saved, with
+optimizer and position, as ``checkpoints/last_good.ckpt``.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+
+from ..module import QuantizedTransformer, StepReading
+from ..verdict import RunStopped, Verdict
+
+LAST_GOOD = "last_good.ckpt"
+
+
+class Guard(Callback):
+    """Raises RunStopped before a step with a non-finite loss or gradient."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, QuantizedTransformer)
+        reading = pl_module.read_step(optimizer)
+        if math.isfinite(reading.loss) and math.isfinite(reading.grad_norm):
+            return
+        verdict = judge(pl_module, reading)
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / LAST_GOOD)
+        raise RunStopped(verdict)
+
+
+def judge(module: QuantizedTransformer, reading: StepReading) -> Verdict:
+    """The verdict on a step that is not finite. A non-finite norm of finite gradients is an overflow of the norm
+    itself, and names no parameter."""
+    quantity = "loss" if not math.isfinite(reading.loss) else "gradient norm"
+    value = reading.loss if quantity == "loss" else reading.grad_norm
+    named = [
+        name
+        for name, p in module.model.named_parameters()
+        if p.grad is not None and not bool(p.grad.isfinite().all())
+    ]
+    where = f"; the first of {len(named)} non-finite gradients is that of {named[0]}" if named else ""
+    return Verdict(
+        outcome="non_finite",
+        step=reading.step,
+        message=f"the {quantity} of step {reading.step} is {value}{where}. The step was not applied",
+        quantity=quantity,
+        value=value,
+        parameter=named[0] if named else None,
+        parameters=len(named),
+    )

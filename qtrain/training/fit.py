@@ -1,0 +1,182 @@
+"""train: a run from its parts to its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+
+from .assembly import Assembly, build, resolved_device
+from .baselines import ReferenceRun, reference_run, trigram_loss
+from .callbacks.census import CENSUS
+from .callbacks.checkpoint import FINAL, AtomicCheckpointIO
+from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
+from .datamodule import WindowsDataModule, open_shards
+from .module import QuantizedTransformer
+from .plot import plot_losses
+from .report import print_report, sample_text, summarize
+from .resume import check_same_run, checkpoint_of
+from .run_folder import SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
+from .settings import PRECISIONS
+from .verdict import RunStopped, Verdict
+from .wandb_logger import make_logger
+
+# Of Lightning's warnings, those that do not concern memory-mapped windows.
+_NOT_OURS = (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*srun.*")
+
+
+def quiet_lightning() -> None:
+    """Lightning's banners and hints off; its warnings stay, but for those about loaders without workers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOT_OURS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
+    """The Trainer of a run, an evaluation or a sample. more: further arguments of Lightning's Trainer."""
+    quiet_lightning()
+    settings = parts.settings
+    arguments = {
+        "accelerator": {"cuda": "gpu", "cpu": "cpu"}[resolved_device(settings.device)],
+        "precision": PRECISIONS[settings.precision],
+        "default_root_dir": folder,
+        "plugins": [AtomicCheckpointIO()],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "inference_mode": False,  # validation under no_grad, as the compiled graph knows it
+        "num_sanity_val_steps": 0,
+        **parts.config["trainer"],
+        "logger": False,
+    }
+    return Trainer(**{**arguments, **more})
+
+
+def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: list[Callback]) -> Trainer:
+    settings = parts.settings
+    accumulate = settings.accumulate(parts.world_size)
+    return make_trainer(
+        parts,
+        folder,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        check_val_every_n_epoch=None,
+        val_check_interval=settings.eval_every_steps * accumulate,
+        log_every_n_steps=1,
+        logger=logger if logger is not None else False,
+        callbacks=callbacks,
+    )
+
+
+def train(parts: Assembly) -> tuple[Verdict, Path]:
+    """Trains, evaluates and reports. Returns how it ended and the run's folder.
+
+    Raises ValueError, before anything is trained, for a baseline or a checkpoint that does not fit.
+    """
+    begun, settings = time.perf_counter(), parts.settings
+    reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
+    data = WindowsDataModule(parts, open_shards(parts))
+    data.train_windows()
+    if reference is not None:
+        reference.check_comparable(data.identity())
+    resume = None
+    if settings.resume is not None:
+        resume = checkpoint_of(settings.resume)
+        check_same_run(resume, parts.config, data.identity())
+    callbacks = [build(c) for c in parts.config["callbacks"].values()]
+    folder = create_run_folder(settings.out, settings.name, settings.run)
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
+    write_json(folder / "versions.json", versions())
+    logger = make_logger(parts.config["logger"], parts.config, folder, settings.name)
+    module = QuantizedTransformer(parts)
+    trainer = _training_trainer(parts, folder, logger, callbacks)
+    try:
+        verdict = _fit(trainer, module, data, resume)
+        if verdict.good:
+            _report(parts, trainer, module, data, reference, folder, begun)
+    finally:
+        _close(trainer)
+    write_json(folder / VERDICT, verdict.as_dict())
+    return verdict, folder
+
+
+def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, resume: Path | None) -> Verdict:
+    try:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    except RunStopped as stopped:
+        return stopped.verdict
+    step = trainer.global_step
+    if len(module.window_losses) == 0 or step % module.settings.eval_every_steps:
+        trainer.validate(module, data, verbose=False)
+    return Verdict(outcome="completed", step=step, message=f"completed {step} steps")
+
+
+def _close(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MetricsJSONL):
+            callback.close()
+    for logger in trainer.loggers:
+        experiment = logger.experiment
+        if hasattr(experiment, "finish"):
+            experiment.finish()
+
+
+def _report(
+    parts: Assembly,
+    trainer: Trainer,
+    module: QuantizedTransformer,
+    data: WindowsDataModule,
+    reference: ReferenceRun | None,
+    folder: Path,
+    begun: float,
+) -> None:
+    rows = read_metrics(folder / METRICS)
+    # The n-gram counts grow with the vocabulary; on bytes they take seconds
+    trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
+    census = folder / CENSUS
+    summary = summarize(
+        module,
+        rows,
+        data=data.identity(),
+        tokens_per_byte=data.shards.val.tokens_per_byte,
+        trigram=trigram,
+        reference=reference,
+        optimizer=trainer.optimizers[0],
+        census=json.loads(census.read_text(encoding="utf-8"))["summary"] if census.is_file() else None,
+    )
+    lines = {} if trigram is None else {"trigram": trigram}
+    if reference is not None:
+        lines[reference.label] = reference.val_loss
+    title = f"{run_title(parts.config)}: validation {summary['val_loss']:.4f} nats/token"
+    plot_losses(rows, lines, title, folder / "loss.png")
+    module.surgery.clock.set(step=0, token_offset=0)
+    sample = sample_text(module.model, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    write_text(folder / "sample.txt", sample)
+    summary.update(
+        folder=str(folder),
+        checkpoint=f"checkpoints/{FINAL}",
+        resumed_from=parts.settings.resume,
+        wall_seconds=time.perf_counter() - begun,
+    )
+    write_json(folder / SUMMARY, summary)
+    for logger in trainer.loggers:
+        finals = {k: v for k, v in summary.items() if isinstance(v, int | float) and math.isfinite(v)}
+        logger.experiment.summary.update({f"final/{k}": v for k, v in finals.items()})
+    print_report(summary, sample)
+
+
+def run_title(config: Mapping[str, Any]) -> str:
+    """``name: w=.. a=.. g=.. m1=.. m2=..`` of the short knobs that the recipe has."""
+    knobs = [f"{k}={config[k]}" for k in ("w", "a", "g", "m1", "m2") if k in config]
+    return f"{config['name']} ({', '.join(knobs)})"

@@ -1,0 +1,177 @@
+"""QuantizedTransformer: a model, its recipe and its optimizer as a LightningModule.
+
+    loss of a step = mean over the tokens of the global batch of -ln p(token), in float32
+
+Lightning divides each micro-batch's mean by the number of micro-batches; all have the same number of tokens, so
+the accumulated gradient is that of the mean. Before each forward the clock of the quantized layers is set to the
+optimizer step and to the place of the micro-batch within the global batch, and torch's generator (dropout) to
+the same place: no random number depends on what ran before, and a resumed run draws what the uninterrupted one
+would have drawn.
+
+B sequences of a micro-batch, S tokens of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qtrain.data.stream import mix_words
+from qtrain.nn.surgery import SurgeryReport, apply_recipe
+
+from .assembly import Assembly
+from .run_folder import versions
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """One optimizer step, read when its gradient is complete and before anything is clipped or applied.
+
+    step: its number, from 1. loss: nats per token. grad_norm: of the whole gradient, unclipped. lr: the rate that
+    the step uses.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    clipped: bool
+    lr: float
+
+
+class QuantizedTransformer(LightningModule):
+    """parts: from ``assemble``. The hyperparameters saved are its plain configuration.
+
+    After each step ``reading`` is its StepReading; after each validation ``window_losses`` [n] float32 are the
+    mean nats per token of every window.
+    """
+
+    model: nn.Module
+    surgery: SurgeryReport
+
+    def __init__(self, parts: Assembly) -> None:
+        super().__init__()
+        self.save_hyperparameters({"config": dict(parts.config)}, logger=False)
+        self.parts, self.settings = parts, parts.settings
+        self.reading: StepReading | None = None
+        self.window_losses = torch.empty(0)
+        self._losses: list[Tensor] = []
+        self._window_losses: list[Tensor] = []
+        self._fresh: StepReading | None = None  # of the step in progress
+
+    def configure_model(self) -> None:
+        """Builds, quantizes and compiles; Lightning calls it at the start of every fit and validation."""
+        if hasattr(self, "surgery"):
+            return
+        model = self.parts.make_model()
+        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
+        if self.settings.compile:
+            model.compile()  # in place: parameters keep their names
+        self.model, self.surgery = model, surgery
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.parts.optimizer.for_model(self.model)
+        scheduler = LambdaLR(optimizer, self.parts.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches an optimizer step."""
+        return self.settings.accumulate(self.trainer.world_size)
+
+    def first_sequence(self, batch_idx: int) -> int:
+        """Place within the step's global batch of the first sequence of this rank's micro-batch."""
+        slot = (batch_idx % self.accumulate) * self.trainer.world_size + self.trainer.global_rank
+        return slot * self.settings.micro_batch_sequences
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, S] int64 -> logits [B, S, V]."""
+        return self.model(tokens)
+
+    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """``input`` and ``target`` [B, S] -> -ln p of every target, [B, S] float32."""
+        logits = self.model(batch["input"])
+        losses = F.cross_entropy(logits.float().flatten(0, 1), batch["target"].flatten(), reduction="none")
+        return losses.view(batch["target"].shape)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        first = self.first_sequence(batch_idx)
+        step = self.trainer.global_step
+        if batch_idx % self.accumulate == 0:
+            self._losses, self._fresh = [], None
+        self.surgery.clock.set(step=step, token_offset=first * self.settings.sequence_tokens)
+        torch.manual_seed(mix_words(self.settings.seed, step, first))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.token_losses(batch).mean()
+        self._losses.append(loss.detach())
+        return loss
+
+    def read_step(self, optimizer: Optimizer) -> StepReading:
+        """The reading of the step whose gradient is complete; the same one until the next step."""
+        if self._fresh is None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+            clip = self.parts.optimizer.clip_norm
+            self._fresh = StepReading(
+                step=self.trainer.global_step + 1,
+                loss=float(loss),
+                grad_norm=norm,
+                clipped=clip is not None and not norm <= clip,
+                lr=float(optimizer.param_groups[0]["lr"]),
+            )
+        return self._fresh
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Reads the step, then scales the gradient to ``clip_norm`` where it is longer. The clip belongs to the
+        optimizer's configuration, not to the Trainer's."""
+        self.reading = self.read_step(optimizer)
+        clip = self.parts.optimizer.clip_norm
+        if clip is not None and self.reading.clipped:
+            total = torch.tensor(self.reading.grad_norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), clip, total)
+
+    def on_validation_epoch_start(self) -> None:
+        self._window_losses = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # The clock stands at step 0 and the windows keep their places: all evaluations of all runs draw alike
+        first = batch_idx * self.settings.micro_batch_sequences
+        self.surgery.clock.set(step=0, token_offset=first * self.settings.sequence_tokens)
+        self._window_losses.append(self.token_losses(batch).mean(1))
+
+    def on_validation_epoch_end(self) -> None:
+        self.window_losses = torch.cat(self._window_losses).cpu()
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token over all windows of the last validation."""
+        return float(self.window_losses.double().mean())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the run was, and puts Lightning's counters to the last complete step: its gradient was
+        applied, that of the micro-batches since was not."""
+        batches = self.trainer.global_step * self.accumulate
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for scope in ("total", "current"):
+            progress[scope].update(ready=batches, started=batches, processed=batches)
+            # As when saved in on_train_batch_end, before Lightning counts the batch as completed
+            progress[scope]["completed"] = max(batches - 1, 0)
+        checkpoint["qtrain"] = {
+            "step": self.trainer.global_step,
+            "tokens": self.trainer.global_step * self.settings.step_tokens,
+            "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            "versions": versions(),
+        }

@@ -1,0 +1,171 @@
+"""What a run ends with: summary.json, the table of the same numbers, and a sample of text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.data.tokenizers import Tokenizer
+from qtrain.models.sampling import generate
+from qtrain.optim import AdamW
+
+from .baselines import ReferenceRun
+from .callbacks.metrics_jsonl import bits_per_byte
+from .module import QuantizedTransformer
+from .settings import SampleSettings
+
+# The training loss reported is the mean over the last part of the run: a single step is noise.
+LAST_SHARE = 0.05
+
+
+class _Vocabulary(nn.Module):
+    """A model's logits without the ids that pad its vocabulary."""
+
+    def __init__(self, model: nn.Module, ids: int) -> None:
+        super().__init__()
+        self.model, self.ids = model, ids
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)[..., : self.ids]
+
+
+def sample_text(model: nn.Module, tokenizer: Tokenizer, settings: SampleSettings, seed: int) -> str:
+    """The prompt and what ``model`` (as it stands: quantized or not) adds to it.
+
+    Runs eagerly, since each token has another length and would compile anew. The clock of a stochastic recipe
+    stays where the caller put it.
+    """
+    ids = tokenizer.encode(settings.prompt).astype("int64").tolist() or [tokenizer.eot_token]
+    device = next(model.parameters()).device
+    with torch.compiler.set_stance("force_eager"):
+        tokens = generate(
+            _Vocabulary(model, tokenizer.vocab_size),
+            torch.tensor([ids], device=device),
+            settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            seed=seed,
+            sequence_tokens=int(model.config.sequence_tokens),  # type: ignore[union-attr, arg-type]
+        )
+    return tokenizer.decode(tokens[0].tolist())
+
+
+def summarize(
+    module: QuantizedTransformer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    data: Mapping[str, Any],
+    tokens_per_byte: float,
+    trigram: float | None,
+    reference: ReferenceRun | None,
+    optimizer: Any,
+    census: str | None,
+) -> dict[str, Any]:
+    """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token."""
+    train = [r for r in rows if r["kind"] == "train"]
+    last = train[-max(1, round(LAST_SHARE * len(train))) :]
+    val, train_loss = module.val_loss, statistics.fmean(r["loss"] for r in last)
+    return {
+        "steps": train[-1]["step"],
+        "tokens": train[-1]["tokens"],
+        "train_loss": train_loss,
+        "train_bits_per_byte": bits_per_byte(train_loss, tokens_per_byte),
+        "val_loss": val,
+        "val_bits_per_byte": bits_per_byte(val, tokens_per_byte),
+        "trigram_loss": trigram,
+        "baseline": None if reference is None else reference.label,
+        "baseline_val_loss": None if reference is None else reference.val_loss,
+        "gap_nats": None if reference is None else val - reference.val_loss,
+        "gap_percent": None if reference is None else 100 * (val / reference.val_loss - 1),
+        "clip_share": statistics.fmean(r["clipped"] for r in train),
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "quantized_fraction": module.surgery.quantized_fraction,
+        "optimizer_state_bytes": _state_bytes(optimizer),
+        "census": census,
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
+        "data": dict(data),
+    }
+
+
+def _state_bytes(optimizer: Any) -> dict[str, int] | None:
+    """Bytes held, and what float32 would take; None for optimizers that do not say."""
+    if not isinstance(optimizer, AdamW):
+        return None
+    held = optimizer.state_bytes()
+    return {"total": held["total"], "as_float32": held["as_float32"]}
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, value) of every row of the final table, from ``summary.json`` alone."""
+    rows = [
+        (
+            "training loss",
+            f"{summary['train_loss']:.4f} nats/token   {summary['train_bits_per_byte']:.4f} bits/byte",
+        ),
+        (
+            "validation loss",
+            f"{summary['val_loss']:.4f} nats/token   {summary['val_bits_per_byte']:.4f} bits/byte",
+        ),
+    ]
+    if summary["trigram_loss"] is not None:
+        better = summary["trigram_loss"] - summary["val_loss"]
+        rows.append(
+            (
+                "trigram, same windows",
+                f"{summary['trigram_loss']:.4f} nats/token   the model is {abs(better):.4f} {'better' if better > 0 else 'WORSE'}",
+            )
+        )
+    if summary["baseline"] is not None:
+        rows.append(
+            (
+                f"gap to {summary['baseline']}",
+                f"{summary['gap_nats']:+.4f} nats/token   {summary['gap_percent']:+.2f}%   (it has {summary['baseline_val_loss']:.4f})",
+            )
+        )
+    held = summary["optimizer_state_bytes"]
+    if held is not None:
+        saved = 1 - held["total"] / held["as_float32"]
+        rows.append(
+            (
+                "optimizer states",
+                f"{_megabytes(held['total'])} of {_megabytes(held['as_float32'])} in float32: {saved:.1%} saved",
+            )
+        )
+    rows += [
+        (
+            "linear weights quantized",
+            f"{summary['quantized_fraction']:.1%} (of {summary['parameters']:,} parameters in all)",
+        ),
+        ("census", summary["census"] or "not taken"),
+        ("steps with a clipped gradient", f"{summary['clip_share']:.1%}"),
+        ("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"),
+        ("speed", f"{summary['tokens_per_s']:,.0f} tokens/s   {summary['wall_seconds']:.1f} s in all"),
+        ("files", summary["folder"]),
+    ]
+    return rows
+
+
+def print_report(summary: Mapping[str, Any], sample: str) -> None:
+    """The final table and the sample on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, title=f"{Path(summary['folder']).parent.name}", title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in table_rows(summary):
+        table.add_row(name, Text(value))
+    console = Console()
+    console.print(table)
+    console.rule("a sample", align="left")
+    console.print(Text(sample))

@@ -1,0 +1,104 @@
+"""The folder of a run, and how files get into it: whole or not at all.
+
+config.yaml versions.json surgery.txt census.json metrics.jsonl checkpoints/ wandb/
+loss.png sample.txt summary.json verdict.json
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wandb")
+SUMMARY, VERDICT = "summary.json", "verdict.json"
+
+
+def create_run_folder(out: str | Path, name: str, run: str | None) -> Path:
+    """``out/name/run``, newly made. run None: the time, with a number behind where that exists already.
+
+    Raises FileExistsError where a named run exists: two runs must not mix their files.
+    """
+    parent = Path(out) / name
+    parent.mkdir(parents=True, exist_ok=True)
+    if run is not None:
+        try:
+            (parent / run).mkdir()
+        except FileExistsError:
+            raise FileExistsError(
+                f"the run {parent / run} exists; choose another run=, or remove that folder"
+            ) from None
+        return parent / run
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` at once: a reader, or a kill, meets the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Numbers that JSON lacks (nan, inf) become strings."""
+    write_text(path, json.dumps(jsonable(value), indent=1) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with ``"nan"``, ``"inf"`` and ``"-inf"`` for the numbers that JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    return value
+
+
+@cache
+def versions() -> dict[str, Any]:
+    """Versions of Python and of the packages a run depends on, and the code's git commit where it has one."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return {**found, **_git()}
+
+
+def _git() -> dict[str, Any]:
+    """The commit of the checkout that this file lies in, and whether tracked files differ from it; None outside
+    one (an installed wheel)."""
+
+    def ask(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    # A wheel installed below some other project's checkout is not that project's code
+    if commit is None or not ask("ls-files", Path(__file__).name):
+        return {"git_commit": None, "git_modified": None}
+    return {"git_commit": commit, "git_modified": bool(ask("status", "--porcelain", "--untracked-files=no"))}

@@ -1,0 +1,79 @@
+"""Weights & Biases through Lightning's logger: offline unless the user is logged in or asks for online.
+
+An offline run lies in the run's folder and is uploaded with ``wandb sync <folder>/wandb/offline-run-*``. The axis
+of every curve is the number of tokens; ``step`` is logged beside it. No key is read here or written anywhere:
+wandb finds it itself.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+MODES = ("auto", "online", "offline")
+KINDS = ("wandb", "none")
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+_DEFAULT_URL = "https://api.wandb.ai"
+
+
+def logged_in() -> bool:
+    """Whether wandb would find a key: WANDB_API_KEY, or an entry of its server in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or _DEFAULT_URL).netloc
+    try:
+        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+    except netrc.NetrcParseError as error:
+        raise ValueError(f"{path} cannot be read: {error}; mend it, or pass logger.mode=offline") from error
+
+
+def resolved_mode(mode: str) -> str:
+    """``online`` or ``offline`` (or what WANDB_MODE says) for ``auto``, itself for the others."""
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+
+
+def check_logger(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown kind or mode."""
+    if config["kind"] not in KINDS:
+        raise ValueError(f"logger.kind={config['kind']!r}: allowed are {', '.join(KINDS)}")
+    if config["kind"] == "wandb" and config["mode"] not in MODES:
+        raise ValueError(f"logger.mode={config['mode']!r}: allowed are {', '.join(MODES)}")
+
+
+def make_logger(
+    logger: Mapping[str, Any], config: Mapping[str, Any], folder: Path, experiment: str
+) -> Logger | None:
+    """The logger that the ``logger`` part of a configuration asks for, None for ``none``.
+
+    config: the whole configuration, which becomes the run's. folder: the run's. experiment: the group.
+    """
+    check_logger(logger)
+    if logger["kind"] == "none":
+        return None
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    run = WandbLogger(
+        name=folder.name,
+        group=experiment,
+        save_dir=folder,
+        project=logger["project"],
+        entity=logger["entity"],
+        tags=list(logger["tags"]),
+        mode=resolved_mode(logger["mode"]),
+        config=dict(config),
+        settings=wandb.Settings(silent=True, console="off", save_code=False),
+    )
+    run.experiment.define_metric("tokens")
+    for kind in ("train", "val"):
+        run.experiment.define_metric(f"{kind}/*", step_metric="tokens")
+    return run
