@@ -8,7 +8,7 @@ ordinary GEMM. Where they do lie on it (groups, columns), or the levels are no b
 ``values`` are the dequantized numbers and there is no scale.
 
 Error against the oracle (fp32 grid values . grid values, then scales): each rounding to bfloat16 contributes at
-most 2^-9 relative: of the product, of the scaled result, and of each operand that enters dequantized.
+most 2^-8 relative: of the product, of the scaled result, and of each operand that enters dequantized.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def enter_transposed(entered: GemmOperand, *, fold: bool) -> tuple[GemmOperand, 
 def quantized_gemm(
     a: GemmOperand, b: GemmOperand, out_dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """[M, N] in ``out_dtype``; bias: [N], added in float32. Raises ValueError where dtypes or shapes differ."""
+    """[M, N] in ``out_dtype``; bias: [N], added in float32. An empty contraction sums to zero: its operands have
+    no scales. Raises ValueError where dtypes or shapes differ."""
     if a.values.dtype != b.values.dtype or a.values.shape[1] != b.values.shape[1]:
         raise ValueError(
             f"operands {tuple(a.values.shape)} {a.values.dtype} and {tuple(b.values.shape)} {b.values.dtype}: a "
@@ -69,9 +70,9 @@ def quantized_gemm(
     if a.scale is None and b.scale is None and bias is None:
         return product.to(out_dtype)
     y = product.to(torch.float32)
-    if a.scale is not None:
+    if a.scale is not None and a.scale.numel():
         y = y * a.scale
-    if b.scale is not None:
+    if b.scale is not None and b.scale.numel():
         y = y * b.scale.t()
     if bias is not None:
         y = y + bias.to(torch.float32)

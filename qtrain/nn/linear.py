@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from qtrain_kernels.counter_hash import stream_id
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qtrain.quant import (
     LinearRecipe,
@@ -86,7 +87,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., I] -> [..., O], in autocast's dtype where it is on. Raises TypeError for float16, whose
-        range the products of codes leave."""
+        range the products of codes leave, and ValueError for a number of tokens that the transform of wgrad does
+        not divide."""
         if not self.recipe.quantizes:
             return super().forward(input)
         device = input.device.type
@@ -96,9 +98,13 @@ class QuantizedLinear(nn.Linear):
             raise TypeError(
                 f"{self.name}: compute dtype {dtype}; quantized layers compute in bfloat16 or float32"
             )
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if trains and self.recipe.wgrad.transform is not None:
+            tokens = input.numel() // self.in_features
+            self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         counters = self.clock.counters if self.recipe.stochastic else None
         return _QuantizedLinear.apply(
-            input, self.weight, self.bias, counters, self.recipe, self.stream, dtype
+            input, self.weight, self.bias, counters, self.recipe, self.stream, dtype, trains
         )
 
 
@@ -113,6 +119,7 @@ class _QuantizedLinear(torch.autograd.Function):
         recipe: LinearRecipe,
         stream: int,
         dtype: torch.dtype,
+        trains: bool,
     ) -> Tensor:
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
@@ -123,14 +130,14 @@ class _QuantizedLinear(torch.autograd.Function):
             wq, w_entered = gemms.forward_operand(weight, "weight")
             y = quantized_gemm(x_entered, w_entered, dtype, bias)
             reused_w = w_entered if recipe.dgrad.weight == "fprop" else (None, None)
-            ctx.save_for_backward(
-                weight, counters, *reused_w, *_bits(xq), *_bits(wq), *gemms.kept_of_input(x2, xq)
-            )
+            kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 5
+            ctx.save_for_backward(weight, counters, *reused_w, *_bits(xq), *_bits(wq), *kept)
         ctx.recipe, ctx.stream, ctx.dtype = recipe, stream, dtype
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, counters, w_values, w_scale, x_bits, w_bits, *kept = ctx.saved_tensors
         dx = dw = db = None
@@ -144,7 +151,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 dw = gemms.wgrad(g, kept, w_bits, weight.shape[1]).to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 db = g.to(torch.float32).sum(0).to(weight.dtype)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 def _bits(q: Quantized | None) -> tuple[Tensor | None]:
