@@ -37,7 +37,9 @@ def locate(target: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"_target_ {target!r}: {error}; write package.module.Name of something that exists")
+        raise ValueError(
+            f"_target_ {target!r}: {error}; write package.module.Name of something that exists"
+        ) from error
 
 
 def build(value: Any, **more: Any) -> Any:

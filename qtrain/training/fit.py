@@ -13,18 +13,19 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
 
 from .assembly import Assembly, build, resolved_device
 from .baselines import ReferenceRun, reference_run, trigram_loss
 from .callbacks.census import CENSUS
-from .callbacks.checkpoint import FINAL, AtomicCheckpointIO
+from .callbacks.checkpoint import AtomicCheckpointIO
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .report import print_report, sample_text, summarize
-from .resume import check_same_run, checkpoint_of
-from .run_folder import SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
+from .run_folder import FINAL, SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
+from .saved import check_same_run, checkpoint_of
 from .settings import PRECISIONS
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
@@ -105,9 +106,9 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
         verdict = _fit(trainer, module, data, resume)
         if verdict.good:
             _report(parts, trainer, module, data, reference, folder, begun)
+        write_json(folder / VERDICT, verdict.as_dict())
     finally:
         _close(trainer)
-    write_json(folder / VERDICT, verdict.as_dict())
     return verdict, folder
 
 
@@ -127,9 +128,8 @@ def _close(trainer: Trainer) -> None:
         if isinstance(callback, MetricsJSONL):
             callback.close()
     for logger in trainer.loggers:
-        experiment = logger.experiment
-        if hasattr(experiment, "finish"):
-            experiment.finish()
+        assert isinstance(logger, WandbLogger)
+        logger.experiment.finish()
 
 
 def _report(
@@ -158,10 +158,9 @@ def _report(
     lines = {} if trigram is None else {"trigram": trigram}
     if reference is not None:
         lines[reference.label] = reference.val_loss
-    title = f"{run_title(parts.config)}: validation {summary['val_loss']:.4f} nats/token"
-    plot_losses(rows, lines, title, folder / "loss.png")
-    module.surgery.clock.set(step=0, token_offset=0)
-    sample = sample_text(module.model, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    subtitle = f"{describe_knobs(parts.config)}   validation {summary['val_loss']:.4f} nats/token"
+    plot_losses(rows, lines, parts.settings.name, subtitle, folder / "loss.png")
+    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
     write_text(folder / "sample.txt", sample)
     summary.update(
         folder=str(folder),
@@ -171,12 +170,14 @@ def _report(
     )
     write_json(folder / SUMMARY, summary)
     for logger in trainer.loggers:
+        assert isinstance(logger, WandbLogger)
         finals = {k: v for k, v in summary.items() if isinstance(v, int | float) and math.isfinite(v)}
         logger.experiment.summary.update({f"final/{k}": v for k, v in finals.items()})
     print_report(summary, sample)
 
 
-def run_title(config: Mapping[str, Any]) -> str:
-    """``name: w=.. a=.. g=.. m1=.. m2=..`` of the short knobs that the recipe has."""
-    knobs = [f"{k}={config[k]}" for k in ("w", "a", "g", "m1", "m2") if k in config]
-    return f"{config['name']} ({', '.join(knobs)})"
+def describe_knobs(config: Mapping[str, Any]) -> str:
+    """``w=.. a=.. g=.. m1=.. m2=..``: those of the short knobs that the recipe has."""
+    found = {k: config[k] for k in ("w", "a", "g", "m1", "m2") if k in config}
+    shown = {k: v.get("format") if isinstance(v, Mapping) else v for k, v in found.items()}
+    return "  ".join(f"{k}={v}" for k, v in shown.items())

@@ -22,7 +22,7 @@ def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
 
 
 def plot_losses(
-    rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], title: str, path: Path
+    rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], title: str, subtitle: str, path: Path
 ) -> None:
     """rows: of metrics.jsonl. lines: label -> nats per token, drawn across. Writes a PNG to ``path``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +50,8 @@ def plot_losses(
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{suffix}tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title, fontsize=11, loc="left")
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    axes.set_title(subtitle, fontsize=9, loc="left", color="#404040")
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

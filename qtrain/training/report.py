@@ -34,15 +34,20 @@ class _Vocabulary(nn.Module):
         return self.model(tokens)[..., : self.ids]
 
 
-def sample_text(model: nn.Module, tokenizer: Tokenizer, settings: SampleSettings, seed: int) -> str:
-    """The prompt and what ``model`` (as it stands: quantized or not) adds to it.
+def sample_text(
+    module: QuantizedTransformer, tokenizer: Tokenizer, settings: SampleSettings, seed: int
+) -> str:
+    """The prompt and what the model, quantized and in the precision it was trained in, adds to it.
 
-    Runs eagerly, since each token has another length and would compile anew. The clock of a stochastic recipe
-    stays where the caller put it.
+    Runs eagerly, since each token has another length and would compile anew, and at step 0 of the clock.
     """
+    model = module.model
+    module.surgery.clock.set(step=0, token_offset=0)
+    bf16 = module.settings.precision == "bf16"
     ids = tokenizer.encode(settings.prompt).astype("int64").tolist() or [tokenizer.eot_token]
     device = next(model.parameters()).device
-    with torch.compiler.set_stance("force_eager"):
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    with torch.compiler.set_stance("force_eager"), autocast:
         tokens = generate(
             _Vocabulary(model, tokenizer.vocab_size),
             torch.tensor([ids], device=device),

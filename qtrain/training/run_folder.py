@@ -20,6 +20,7 @@ from typing import Any
 
 PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wandb")
 SUMMARY, VERDICT = "summary.json", "verdict.json"
+CHECKPOINTS, FINAL = "checkpoints", "final.ckpt"
 
 
 def create_run_folder(out: str | Path, name: str, run: str | None) -> Path:

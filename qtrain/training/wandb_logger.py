@@ -62,18 +62,18 @@ def make_logger(
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    run = WandbLogger(
+    run = wandb.init(
         name=folder.name,
         group=experiment,
-        save_dir=folder,
+        dir=folder,
         project=logger["project"],
         entity=logger["entity"],
         tags=list(logger["tags"]),
-        mode=resolved_mode(logger["mode"]),
+        mode=resolved_mode(logger["mode"]),  # type: ignore[arg-type]
         config=dict(config),
         settings=wandb.Settings(silent=True, console="off", save_code=False),
     )
-    run.experiment.define_metric("tokens")
+    run.define_metric("tokens")
     for kind in ("train", "val"):
-        run.experiment.define_metric(f"{kind}/*", step_metric="tokens")
-    return run
+        run.define_metric(f"{kind}/*", step_metric="tokens")
+    return WandbLogger(experiment=run)

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-FINAL = "final.ckpt"
+from ..run_folder import CHECKPOINTS, FINAL
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,4 +79,4 @@ def _accumulate(trainer: Trainer) -> int:
 
 def folder(trainer: Trainer) -> Path:
     """Where the checkpoints of a run lie."""
-    return Path(trainer.default_root_dir) / "checkpoints"
+    return Path(trainer.default_root_dir) / CHECKPOINTS

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
 from ..module import QuantizedTransformer, StepReading
+from ..run_folder import CHECKPOINTS
 from ..verdict import RunStopped, Verdict
 
 LAST_GOOD = "last_good.ckpt"
@@ -29,7 +30,7 @@ class Guard(Callback):
         if math.isfinite(reading.loss) and math.isfinite(reading.grad_norm):
             return
         verdict = judge(pl_module, reading)
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / LAST_GOOD)
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / LAST_GOOD)
         raise RunStopped(verdict)
 
 

@@ -1,14 +1,16 @@
-"""Reading checkpoints back: to resume a run, and to use its model."""
+"""Reading checkpoints back: to resume a run, and to use its model. Without Lightning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .callbacks.checkpoint import FINAL
+from .assembly import Assembly, assemble
+from .run_folder import CHECKPOINTS, FINAL
 
 # What may differ between a run and its continuation: where it writes, how long it is and how it is watched.
 _FREE = frozenset(
@@ -28,10 +30,10 @@ def checkpoint_of(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    final = path / "checkpoints" / FINAL
+    final = path / CHECKPOINTS / FINAL
     if final.is_file():
         return final
-    saved = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    saved = sorted((path / CHECKPOINTS).glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
     if not saved:
         raise ValueError(f"{path} is no checkpoint, and no run's folder with checkpoints/*.ckpt in it")
     return saved[-1]
@@ -72,3 +74,38 @@ def check_same_run(path: Path, config: Mapping[str, Any], data: Mapping[str, Any
             f"resume={path} stands at step {saved['qtrain']['step']} of steps={config['steps']}: nothing is left to do; "
             "raise steps"
         )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint with what is needed to use it. ``path``: the file. ``parts``: the run's, or with what the
+    caller changed."""
+
+    path: Path
+    parts: Assembly
+    checkpoint: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; where the checkpoint was moved, the folder that it lies in."""
+        parent = self.path.parent
+        return parent.parent if parent.name == CHECKPOINTS else parent
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint["qtrain"]["step"])
+
+
+def chosen_checkpoint(run: str | None, checkpoint: str | None) -> Path:
+    """The file that one of the two names; raises ValueError unless exactly one is given and exists."""
+    if (run is None) == (checkpoint is None):
+        raise ValueError("give either run=<a run's folder> or checkpoint=<a file>")
+    return checkpoint_of(run if run is not None else str(checkpoint))
+
+
+def trained_run(path: Path, changes: Mapping[str, Any]) -> TrainedRun:
+    """The run that wrote ``path``, its configuration changed in ``changes`` (top-level keys) and never compiled.
+    Raises ValueError as ``read_checkpoint`` and ``assemble`` do."""
+    checkpoint = read_checkpoint(path)
+    config = {**saved_config(checkpoint), **changes, "compile": False}
+    return TrainedRun(path, assemble(config), checkpoint)
