@@ -51,6 +51,7 @@ def test_the_names():
         assert isinstance(get_format(name), NumberFormat)
         assert get_format(name).name == name
         assert get_format(name) is get_format(name)
+    assert get_format("linear4_nozero").table == tuple(i / 16 for i in range(1, 17))
     assert get_format("int3") == IntegerFormat(3)
     assert get_format("uint3") == IntegerFormat(3, signed=False)
     assert get_format("midrise3") == MidriseFormat(3)
@@ -81,6 +82,17 @@ def test_an_unknown_name_is_told_its_neighbours_and_all_names(name, near):
         assert near in head.partition("mean ")[2].rstrip("?").split(" or ")
         assert head.endswith("?")
         assert len(head.split(" or ")) <= 3
+
+
+def test_up_to_three_neighbours_are_named():
+    with pytest.raises(
+        ValueError, match=r"^unknown number format 'int'; did you mean \w+ or \w+ or \w+\? Allowed: int2"
+    ):
+        get_format("int")
+    with pytest.raises(
+        ValueError, match=r"^unknown number format 'linear4'; did you mean linear4_nozero\? Allowed: "
+    ):
+        get_format("linear4")
 
 
 def test_a_plugin_class_is_made_and_an_instance_is_taken(plugin):

@@ -23,6 +23,7 @@ from qtrain.quant import (
     quantize_values,
     unpack,
 )
+from qtrain.quant.formats import CodebookFormat
 from qtrain.quant.qtensor import grid_values, to_qtensor
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -653,6 +654,18 @@ def test_the_parts_of_an_empty_operand():
     # the value of the scales is the least one
     q = quantize_values(torch.empty(0, 3), spec_of("int4 granularity=tensor", min_scale=0.5))
     assert q.scale.tolist() == []
+
+
+FRESH = CodebookFormat("fresh", (-1.0, -0.25, 0.0, 0.5, 1.0))
+"""A format whose properties nobody has asked for before the compiler does."""
+
+
+@pytest.mark.parametrize("text", ["int3_row_asym", "mxfp4_trust", "nvfp4", f"{__name__}:FRESH"])
+def test_packing_compiles_whole_at_its_first_use(text):
+    torch._dynamo.reset()
+    spec = QuantSpec.parse(text)
+    compiled = torch.compile(lambda t: dequantize(quantize(t, spec)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(operand()), fake_quantize(operand(), spec))
 
 
 # --- packing ------------------------------------------------------------------------------------------------------

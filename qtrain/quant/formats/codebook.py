@@ -36,7 +36,7 @@ class CodebookFormat(NumberFormat):
                 f"codebook {self.name!r} needs 2 to 256 strictly increasing levels, got {len(self.table)}"
             )
 
-    @cached_property
+    @property  # not cached: a compiler that traces the first use would meet the lock inside cached_property
     def bits(self) -> int:  # type: ignore[override]
         return (len(self.table) - 1).bit_length()
 
