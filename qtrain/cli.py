@@ -7,7 +7,8 @@
 
 Hydra composes the config and drives sweeps and launchers. Before it does, every override of every run is checked
 (``qtrain.overrides``) and the command refuses what cannot run, so that a mistake costs a second and a sweep never
-dies in the middle for its own spelling. Exit codes: 2 for such a mistake, else what the command returns.
+dies in the middle for its own spelling. Exit codes: 2 for such a mistake, 1
+for a run that raised, else what the command returns (of a sweep the highest).
 """
 
 from __future__ import annotations
@@ -41,11 +42,7 @@ HYDRA_DEFAULTS = {
 
 
 class RunFailed(Exception):
-    """A command returned an exit code other than 0; it has said why itself."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}")
-        self.code = code
+    """A run raised; its trace has been printed."""
 
 
 def config_dir() -> Path:
@@ -89,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _refuse(str(error))
-    except RunFailed as failed:
-        return failed.code
+    except RunFailed:
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
@@ -269,24 +266,27 @@ def _task_config(config: DictConfig) -> DictConfig:
 def _job(module_name: str, config: DictConfig) -> int:
     """One run; a plain function of the module, so that launchers can send it to other machines."""
     try:
-        code = importlib.import_module(module_name).run(config)
+        return importlib.import_module(module_name).run(config)
     except Exception:
         # Now, since a sweep raises the first failure only, and that when all runs are done
         traceback.print_exc()
-        raise RunFailed(1) from None
-    if code:
-        raise RunFailed(code)
-    return code
+        raise RunFailed from None
 
 
 def _launch(
     hydra: Any, name: str, module: ModuleType, words: list[str], checks: Overrides, multirun: bool
 ) -> int:
     job = functools.partial(_job, ENTRIES[name][0])
-    if multirun:
-        hydra.multirun(module.CONFIG, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
-        return 0
-    return hydra.run(module.CONFIG, job, [*words, "hydra.mode=RUN"]).return_value
+    if not multirun:
+        return hydra.run(module.CONFIG, job, [*words, "hydra.mode=RUN"]).return_value
+    batches = hydra.multirun(module.CONFIG, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
+    worst = 0
+    for number, run in enumerate(run for batch in batches or [] for run in batch):
+        if run.return_value:
+            which = " ".join(run.overrides or [])
+            print(f"run {number} ({which}) ended with exit code {run.return_value}", file=sys.stderr)
+            worst = max(worst, run.return_value)
+    return worst
 
 
 def _deferred(words: list[str], checks: Overrides) -> list[str]:

@@ -64,7 +64,8 @@ def reason(error: BaseException) -> str:
         if error.__cause__ is None:
             break
         error = error.__cause__
-    text = re.sub(r"\n\s*(full_key|object_type|reference_type):.*", "", str(error)).strip()
+    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))
+    text = text.split("\nConfig search path:")[0].strip()
     text = text or type(error).__name__
     return f"{key}: {text}" if key and key not in text else text
 
@@ -175,8 +176,9 @@ class Overrides:
         value = override.value()
         values = value if isinstance(value, list) else [value]
         for option in values:
-            if option is not None and (not isinstance(option, str) or option not in options):
-                return f"{group}={option}: no such option{did_you_mean(str(option), options)} Options of {group}: {', '.join(options)}"
+            if not isinstance(option, str) or option not in options:
+                close = did_you_mean(str(option), options) or "."
+                return f"{group}={option}: no such option{close} Options of {group}: {', '.join(options)}"
         return None
 
     def _key_problem(self, override: Override, base: DictConfig) -> str | None:
@@ -185,10 +187,10 @@ class Overrides:
         key = override.key_or_group
         if _has(base, key):
             return None
-        if override.type in (OverrideType.ADD, OverrideType.FORCE_ADD) and "." in key:
-            parent = key.rsplit(".", 1)[0]
-            if _has(base, parent):
-                return None
+        added = override.type in (OverrideType.ADD, OverrideType.FORCE_ADD)
+        # Below a node, its class says what it takes; a new key at the top would be read by nothing
+        if added and "." in key and _has(base, key.split(".")[0]):
+            return None
         known = [k for k in keys_of(base) if k != "hydra" and not k.startswith("hydra.")]
         if key.startswith("hydra."):
             known = [k for k in keys_of(base) if k.startswith("hydra.")]
@@ -260,12 +262,12 @@ def _keys(node: DictConfig) -> list[Any]:
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The command's part of a config, every interpolation resolved. Raises UserError for what is missing."""
     shown = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-    missing = sorted(map(str, OmegaConf.missing_keys(shown)))
-    if missing:
-        raise UserError("\n".join(f"{key} has no value and no default: give {key}=..." for key in missing))
     try:
-        container = OmegaConf.to_container(shown, resolve=True)
+        missing = sorted(map(str, OmegaConf.missing_keys(shown)))
+        container = None if missing else OmegaConf.to_container(shown, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(reason(error)) from error
+    if missing:
+        raise UserError("\n".join(f"{key} has no value and no default: give {key}=..." for key in missing))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}

@@ -67,7 +67,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"arms={list(cfg.arms)}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
     if len(set(cfg.arms)) < len(cfg.arms):
         raise ValueError(f"arms={list(cfg.arms)}: name each arm once")
-    for key, least in (("batch", 1), ("sequence_tokens", 1), ("rounds", 5), ("warmup_rounds", 1)):
+    for key, least in (("batch_sequences", 1), ("sequence_tokens", 1), ("rounds", 5), ("warmup_rounds", 1)):
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise ValueError(f"{key}={cfg[key]!r}: must be an integer of at least {least}")
     if cfg.precision not in ("bf16", "fp32"):
@@ -149,7 +149,7 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
     elif arm == "fake_quant_eager":
         fake_quantize_linears(model, exclude=("lm_head",))
     generator = torch.Generator().manual_seed(cfg.seed)
-    shape = (cfg.batch, cfg.sequence_tokens + 1)
+    shape = (cfg.batch_sequences, cfg.sequence_tokens + 1)
     tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -240,6 +240,8 @@ def timed_in_turns(
     wall: Samples = {name: [] for name in names}
     cpu: Samples = {name: [] for name in names}
     for i in range(warmup_rounds + rounds):
+        if i == warmup_rounds:
+            print(f"{rounds} rounds", flush=True)
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             finish()

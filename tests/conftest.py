@@ -1,0 +1,84 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TOY = '''
+"""A command for tests."""
+from pathlib import Path
+
+CONFIG = "toy"
+POSITIONAL = "what"
+
+
+def check(cfg):
+    if cfg.size < 1:
+        raise ValueError(f"size={cfg.size}: must be at least 1")
+    if cfg.bug:
+        raise KeyError("a bug in check")
+
+
+def run(cfg):
+    if cfg.fail:
+        raise RuntimeError("a bug in run")
+    with Path("runs.txt").open("a") as file:
+        file.write(f"{cfg.what} {cfg.size} {cfg.get('w')}\\n")
+    return cfg.code
+
+
+FORWARDS = {"forward": lambda arguments: print(arguments) or 7}
+'''
+TOY_CONFIGS = {
+    "toy.yaml": "defaults: [{recipe: plain}, {shape: small}, _self_]\n"
+    "what: nothing\nsize: 1\ncode: 0\nfail: false\nbug: false\nnested: {rate: 0.1, warmup_steps: 3}\n",
+    "recipe/plain.yaml": "# @package _global_\nrecipe: {linear: null}\n",
+    "recipe/knobs.yaml": "# @package _global_\nw: int8_row\na: int8_row\nrecipe: {linear: '${w}'}\n",
+    "recipe/weights.yaml": "# @package _global_\nw: int4_row\nrecipe: {linear: '${w}'}\n",
+    "sweep/sizes.yaml": "# @package _global_\nhydra: {sweeper: {params: {size: '1,0'}}}\n",
+    "shape/small.yaml": "width: 2\n",
+    "shape/deep.yaml": "width: 2\nlayers: 9\n",
+}
+
+
+@pytest.fixture
+def toy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """``toy("size=3")`` runs ``qtrain toy size=3`` in a folder of its own -> (exit code, everything printed)."""
+    from qtrain import cli
+    from qtrain.commands import ENTRIES
+
+    (tmp_path / "toy_command.py").write_text(TOY)
+    for name, text in TOY_CONFIGS.items():
+        path = tmp_path / "configs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    # The package's recipes would be options beside the toy's
+    package = tmp_path / "package"
+    (package / "hydra").mkdir(parents=True)
+    (package / "hydra" / "output").symlink_to(cli.config_dir() / "hydra" / "output")
+    monkeypatch.setattr(cli, "config_dir", lambda: package)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(ENTRIES, "toy", ("toy_command", "a command for tests"))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code = cli.main(["toy", "--config-dir", str(tmp_path / "configs"), *arguments])
+        out, err = capfd.readouterr()
+        return code, out + err
+
+    yield call
+    # Hydra sets the root logger up for the run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    sys.modules.pop("toy_command", None)
