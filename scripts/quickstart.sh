@@ -11,7 +11,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/setup_venv.sh
 . "$here/setup_venv.sh"
-setup_venv
+setup_venv ""
 
 overrides=("experiment=${QTRAIN_EXPERIMENT:-quickstart}")
 if ! has_nvidia_gpu && ! has_cxx_compiler; then
