@@ -7,6 +7,7 @@ the loader's ``state_dict``; no shuffled order needs to be kept (``qtrain.data.s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtrain.data.prepare import cache_root, prepare, rich_progress
+from qtrain.data.prepare import Progress, cache_root, prepare, rich_progress
 from qtrain.data.shards import TokenShards
 from qtrain.data.stream import GlobalBatchSampler, TokenWindows, ValidationWindows
 
@@ -63,7 +64,15 @@ def open_shards(parts: Assembly, recorded: str | None = None) -> TokenShards:
     root = Path(data["folder"]) if data["folder"] is not None else cache_root()
     if recorded is not None and (root / recorded).is_dir():
         return TokenShards.open(root / recorded)
-    with rich_progress() as progress:
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage != "fingerprint":  # which is all that happens where the data are prepared already
+                if not bars:
+                    bars.append(stack.enter_context(rich_progress()))
+                bars[0](stage, done, total)
+
         shards = prepare(
             parts.source, parts.tokenizer, root, val_fraction=data["val_fraction"], progress=progress
         )

@@ -1,0 +1,125 @@
+"""qtrain train as a command: exit status, and what must not enter a saved configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qtrain.commands import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(train.CONFIG, ["compile=false", "device=cpu", *overrides])
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Overrides of a run of two steps in ``tmp_path``."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"document {i}: " + f"dog {i} barks. " * 20)
+    return [
+        "data=text",
+        f"data.source.paths=[{tmp_path / 'corpus'}]",
+        f"data.folder={tmp_path / 'shards'}",
+        "data.val_fraction=0.3",
+        "model=gpt_1m",
+        "model.layers=1",
+        "sequence_tokens=32",
+        "batch_sequences=2",
+        "steps=2",
+        "eval_windows=2",
+        "schedule.warmup_steps=1",
+        "logger=none",
+        "sample.max_new_tokens=2",
+        f"out={tmp_path / 'out'}",
+        "run=one",
+    ]
+
+
+def test_a_good_run_exits_with_0(tiny, tmp_path, capsys):
+    cfg = composed(*tiny)
+    train.check(cfg)
+    assert train.run(cfg) == 0
+    shown = capsys.readouterr().out
+    assert "validation loss" in shown
+    assert "a sample" in shown
+    assert (tmp_path / "out" / "train" / "one" / "summary.json").exists()
+
+
+def test_a_run_that_diverges_exits_with_3_and_no_trace(tiny, tmp_path, capsys, monkeypatch):
+    from qtrain.training.module import QuantizedTransformer
+
+    losses = QuantizedTransformer.token_losses
+
+    def poisoned(self, batch):
+        bad = self.training and self.trainer.global_step == 1
+        return losses(self, batch) * (math.nan if bad else 1.0)
+
+    monkeypatch.setattr(QuantizedTransformer, "token_losses", poisoned)
+    assert train.run(composed(*tiny)) == 3
+    errors = capsys.readouterr().err
+    assert "stopped: the loss of step 2 is nan" in errors
+    assert "Traceback" not in errors
+    folder = tmp_path / "out" / "train" / "one"
+    assert json.loads((folder / "verdict.json").read_text())["step"] == 2
+    assert (folder / "checkpoints" / "last_good.ckpt").exists()
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("w=int9_row", "int9"),
+        ("recipe.linear.fprop.weight=none", "dgrad.weight"),
+        ("m1=dynamic7", "exp_avg"),
+        ("steps=0", "steps=0"),
+        ("micro_batch_sequences=3", "no multiple"),
+        ("sequence_tokens=4096", "exceeds model.sequence_tokens"),
+        ("model.vocab_size=200", "257 ids"),
+        ("model.heads=3", "heads"),
+        ("schedule.warmup_steps=1000", "warmup"),
+        ("optimizer.lr=-1", "lr"),
+        ("optimizer.clip_norm=0", "clip_norm"),
+        ("+optimizer.momentum=1", "momentum"),
+        ("recipe._target_=qtrain.quant.Recipe", "Recipe"),
+        ("logger.mode=sometimes", "logger.mode"),
+        ("precision=fp16", "bf16, fp32"),
+        ("name=a/b", "one folder name"),
+        ("data=text", "data.source.paths"),
+        ("recipe=mxfp4_sr sequence_tokens=10 batch_sequences=1", "divisible by 64"),
+    ],
+)
+def test_check_refuses(override, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train.check(composed(*override.split()))
+
+
+def test_check_does_not_import_lightning():
+    code = (
+        "import sys\n"
+        "from hydra import compose, initialize_config_dir\n"
+        "from qtrain.commands import train\n"
+        f"with initialize_config_dir({str(CONFIGS)!r}, version_base='1.3'):\n"
+        "    train.check(compose('train', ['compile=false']))\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('lightning', 'wandb', 'matplotlib')]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "override", ["+logger.key=${oc.env:SOME_API_KEY}", "name=x-sekret-0123", "+a.b=[sekret-0123]"]
+)
+def test_secrets_do_not_enter_the_configuration(override, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "sekret-0123")
+    with pytest.raises(ValueError, match=r"\$SOME_API_KEY"):
+        train.plain(composed(override))
