@@ -34,8 +34,8 @@ class Granularity:
         named = {"tensor": (None, None), "row": (1, None), "column": (None, 1)}
         if text in named:
             return Granularity(*named[text])
-        match = re.fullmatch(r"group:(\d+)|block:(\d+)x(\d+)", text)
-        if not match or "0" in {g.lstrip("0") or "0" for g in match.groups() if g is not None}:
+        match = re.fullmatch(r"group:0*([1-9]\d*)|block:0*([1-9]\d*)x0*([1-9]\d*)", text)
+        if not match:
             raise ValueError(
                 f"granularity {text!r}: allowed are tensor, row, column, group:G and block:RxC with positive "
                 "G, R, C, for example group:128 or block:128x128"

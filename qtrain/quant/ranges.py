@@ -43,7 +43,7 @@ def rank_from_top(blocks: Tensor, counts: Tensor, percent: float) -> Tensor:
         counts.reshape(counts.shape[0], counts.shape[2]) * ((100.0 - percent) / 100.0) + 1e-6
     )
     left_out = left_out.to(torch.int64).expand(nr, nc)
-    top = torch.sort(flat, dim=-1, descending=True).values
+    top = torch.sort(flat, descending=True).values
     return torch.gather(top, 2, left_out[..., None]).reshape(nr, 1, nc, 1)
 
 

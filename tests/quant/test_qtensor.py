@@ -232,6 +232,7 @@ SPECS = [
         for s in ("e8m0", "e8m0_ceil", "e4m3", "e4m3 tensor_scale=True")
     ),
     "e2m1 granularity=group:4 scale_format=e8m0 clip=rms:2.5",
+    "midrise4 granularity=group:4 scale_format=e8m0",
     "int4 granularity=tensor scale_format=e4m3 tensor_scale=True clip=percentile:90",
 ]
 EXACT = ("absmax", "percentile:50", "percentile:75", "percentile:90", "percentile:100")
@@ -710,8 +711,11 @@ def test_pack_all_codes(bits):
     assert pack(codes.flip(0).contiguous(), bits).is_contiguous()
 
 
-def test_pack_of_eight_bits_is_contiguous():
-    assert pack(torch.arange(12, dtype=torch.uint8).reshape(3, 4).t(), 8).is_contiguous()
+def test_eight_bits_are_not_copied():
+    codes = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
+    assert pack(codes, 8).data_ptr() == codes.data_ptr()
+    assert unpack(codes, 8, 4).data_ptr() == codes.data_ptr()
+    assert pack(codes.t(), 8).is_contiguous()
 
 
 # --- bytes held -----------------------------------------------------------------------------------------------------
