@@ -1,0 +1,226 @@
+"""The step benchmark: its arms compute what they say, its statistics are right, its file is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qtrain.commands import bench
+
+TINY: dict[str, Any] = {
+    "model": {
+        "_target_": "qtrain.models.gpt.GPTConfig",
+        "vocab_size": 17,
+        "sequence_tokens": 12,
+        "layers": 1,
+        "heads": 2,
+        "width": 16,
+    },
+    "recipe": {
+        "_target_": "qtrain.quant.ModelRecipe",
+        "linear": {
+            "fprop": {"input": "int8_row", "weight": "int8_row"},
+            "dgrad": {"grad_output": "int8_row", "weight": "fprop"},
+            "wgrad": {"grad_output": "int8_row", "input": "fprop"},
+        },
+        "exclude": ["lm_head"],
+    },
+    "what": "step",
+    "arms": ["fake_quant_eager", "unquantized_eager"],
+    "device": "cpu",
+    "precision": "bf16",
+    "batch_sequences": 2,
+    "sequence_tokens": 11,
+    "rounds": 5,
+    "warmup_rounds": 1,
+    "seed": 0,
+    "output": None,
+}
+
+
+def config(**changes: Any) -> DictConfig:
+    return OmegaConf.create({**TINY, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"what": "stp"}, "what='stp': allowed are step and kernels"),
+        ({"arms": ["fast"]}, "allowed are unquantized_compiled, recipe_compiled"),
+        ({"arms": []}, "allowed are"),
+        ({"arms": ["unquantized_eager"] * 2}, "name each arm once"),
+        ({"rounds": 4}, "rounds=4: must be an integer of at least 5"),
+        ({"batch_sequences": "x"}, "batch_sequences='x'"),
+        ({"precision": "fp16"}, "allowed are bf16 and fp32"),
+        ({"device": "tpu"}, "allowed are auto, cpu and cuda"),
+        ({"sequence_tokens": 13}, "this model reads at most 12"),
+    ],
+)
+def test_check_names_value_and_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.check(config(**changes))
+
+
+def test_check_of_a_recipe_and_of_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.check(config())
+    with pytest.raises(TypeError, match=r"_target_ must be qtrain\.quant\.ModelRecipe"):
+        bench.check(config(recipe={"_target_": "qtrain.quant.LinearRecipe"}))
+    monkeypatch.setattr(bench, "_compiler", lambda: None)
+    bench.check(config())
+    with pytest.raises(ValueError, match=r"need a C\+\+ compiler"):
+        bench.check(config(arms=["recipe_compiled"]))
+
+
+def test_run_prints_a_table_and_writes_the_file_atomically(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "step.json"
+    assert bench.run(config(output=str(path))) == 0
+    assert os.listdir(path.parent) == ["step.json"]
+    report = json.loads(path.read_text())
+    assert {r["arm"] for r in report["rows"]} == set(TINY["arms"])
+    assert all(len(report[key][arm]) == 5 for key in ("wall_ms", "cpu_ms") for arm in TINY["arms"])
+    assert report["torch"] == torch.__version__
+    assert report["settings"]["model"]["width"] == 16
+    for key in ("device", "threads", "commit", "utc", "python", "qtrain"):
+        assert key in report
+    text = capsys.readouterr().out
+    assert "| fake_quant_eager |" in text
+    assert str(path) in text
+
+
+def test_arms_are_interleaved_in_rotating_order() -> None:
+    calls: list[tuple[str, int]] = []
+    steps = {name: (lambda i, name=name: calls.append((name, i))) for name in "abc"}
+    wall, cpu = bench.timed_in_turns(steps, "cpu", rounds=3, warmup_rounds=1)
+    assert ["".join(n for n, j in calls if j == i) for i in range(4)] == ["abc", "bca", "cab", "abc"]
+    assert {len(v) for v in (*wall.values(), *cpu.values())} == {3}
+
+
+def test_ratio_and_interval_of_known_samples() -> None:
+    base = np.random.default_rng(1).normal(100.0, 5.0, 40)
+    ratio, low, high = bench.ratio_interval(list(1.5 * base), list(base))
+    # Rounds are resampled as pairs, so a constant factor has no uncertainty
+    assert (ratio, low, high) == (pytest.approx(1.5), pytest.approx(1.5), pytest.approx(1.5))
+    ratio, low, high = bench.ratio_interval(list(np.random.default_rng(2).normal(100.0, 5.0, 40)), list(base))
+    assert low < 1.0 < high
+    assert low < ratio < high
+    # A median of 40 varies by 1.25 * 5 / sqrt(40) = 1 %, a ratio of two by 1.4 %, 95 % is +-2.8 %
+    assert 0.02 < high - low < 0.12
+
+
+def test_the_interval_covers_about_95_percent() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(60):
+        a, b = rng.lognormal(0.0, 0.1, 25), rng.lognormal(0.0, 0.1, 25)
+        _, low, high = bench.ratio_interval(list(a), list(b))
+        covered += low <= 1.0 <= high
+    # Binomial(60, 0.95) falls below 51 with probability 0.002
+    assert covered >= 51
+
+
+def test_summary_is_relative_to_the_compiled_unquantized_arm() -> None:
+    wall = {"recipe_compiled": [3.0] * 5, "unquantized_compiled": [2.0] * 5}
+    rows = {r["arm"]: r for r in bench.summarize(wall, {k: [10.0, 20, 30, 40, 50] for k in wall})}
+    assert rows["recipe_compiled"]["ratio"] == 1.5
+    assert rows["unquantized_compiled"]["ratio"] == 1.0
+    assert rows["recipe_compiled"]["cpu_median_ms"] == 30.0
+    assert bench.summarize({"fake_quant_eager": [1.0] * 5}, {"fake_quant_eager": [1.0] * 5})[0][
+        "ratio_to"
+    ] == ("fake_quant_eager")
+
+
+def grid(x: torch.Tensor) -> torch.Tensor:
+    """Independent of the implementation: float64, one row at a time."""
+    rows = []
+    for row in x.double().reshape(-1, x.shape[-1]):
+        scale = row.abs().max() / 127
+        rows.append(torch.round(row / scale) * scale)
+    return torch.stack(rows).reshape(x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fake_quant_is_the_papers_linear_layer(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 7, bias=bias))
+    x = torch.randn(3, 5, 24, generator=generator, requires_grad=True)
+    g = torch.randn(3, 5, 7, generator=generator)
+    bench.fake_quantize_linears(model, exclude=())
+    y = model(x)
+    y.backward(g)
+    layer = model[0]
+    xq, wq = grid(x.detach()), grid(layer.weight.detach())
+    expected = F.linear(xq, wq, layer.bias)
+    # float32 sums of 24 products
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(y, F.linear(x, layer.weight, layer.bias), rtol=1e-4)
+    torch.testing.assert_close(x.grad, g @ wq, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.weight.grad, grid(g).reshape(15, 7).t() @ xq.reshape(15, 24), rtol=1e-5, atol=1e-5
+    )
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, g.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_rows_stay_zero() -> None:
+    assert bench.quantize_dequantize(torch.zeros(2, 8)).equal(torch.zeros(2, 8))
+
+
+def test_excluded_layers_stay_as_they_are() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)})
+    bench.fake_quantize_linears(model, exclude=("lm_head",))
+    assert "forward" in vars(model["body"])
+    assert "forward" not in vars(model["lm_head"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_every_eager_arm_has_gradients_of_its_own(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipe_compiled runs here without the compiler: the same function, not the same speed."""
+    monkeypatch.setattr(torch, "compile", lambda f, **k: f)
+    models: list[nn.Module] = []
+    zero = nn.Module.zero_grad
+    monkeypatch.setattr(nn.Module, "zero_grad", lambda self, **k: models.append(self) or zero(self, **k))
+    gradients = {}
+    for arm in bench.ARMS:
+        bench.build_arm(arm, config(precision=precision), "cpu")(0)
+        gradients[arm] = torch.cat([p.grad.flatten() for p in models[-1].parameters()])
+    exact = gradients["unquantized_eager"]
+    assert torch.equal(exact, gradients["unquantized_compiled"])
+    for arm in ("recipe_compiled", "fake_quant_eager"):
+        error = (gradients[arm] - exact).norm() / exact.norm()
+        # 8 bits a row: about 1 % an operand; 0 would mean that nothing was quantized
+        assert 1e-3 < error < 0.1, (arm, error)
+
+
+def test_kernels_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain_kernels import bench as kernel_bench
+
+    given: list[list[str]] = []
+    monkeypatch.setattr(kernel_bench, "main", given.append)
+    assert bench.FORWARDS["kernels"](["--op", "quantize_rows"]) == 0
+    assert given == [["--op", "quantize_rows"]]
+
+
+def test_commit_of_this_checkout() -> None:
+    commit = bench.commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_compiled_arms_run() -> None:
+    if bench._compiler() is None:
+        pytest.skip("no C++ compiler")
+    bench.check(config(arms=["unquantized_compiled", "recipe_compiled"]))
+    for arm in ("unquantized_compiled", "recipe_compiled"):
+        bench.build_arm(arm, config(), "cpu")(0)
