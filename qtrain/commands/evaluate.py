@@ -12,6 +12,24 @@ from .train import plain
 CONFIG = "evaluate"
 
 
+def trusted_config(path: Path, allowed: list[str]) -> dict[str, Any]:
+    """The configuration in a checkpoint, once every class that it names is known to be harmless: of this package,
+    or of a package in ``allowed``. A checkpoint from elsewhere names code of its choice otherwise."""
+    from qtrain.overrides import UserError
+    from qtrain.targets import check_targets
+    from qtrain.training.saved import read_checkpoint, saved_config
+
+    saved = saved_config(read_checkpoint(path))
+    built = {key: value for key, value in saved.items() if key != "callbacks"}  # which only training builds
+    try:
+        check_targets(built, allowed)
+    except UserError as error:
+        raise ValueError(
+            f"{path} names code that is not qtrain's ({error}); if you trust who wrote it, pass allow_targets=[PACKAGE]"
+        ) from error
+    return saved
+
+
 def _changes(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """What differs from the saved configuration."""
     changes: dict[str, Any] = {"device": config["device"]}
@@ -48,11 +66,11 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> int:
     """Evaluate, print and save."""
     from qtrain.training.evaluation import evaluate
-    from qtrain.training.saved import chosen_checkpoint, read_checkpoint, saved_config, trained_run
+    from qtrain.training.saved import chosen_checkpoint, trained_run
 
     config = plain(cfg)
     path = chosen_checkpoint(config["run"], config["checkpoint"])
-    saved = saved_config(read_checkpoint(path))
+    saved = trusted_config(path, config["allow_targets"])
     trained = trained_run(path, _changes(config, saved))
     result = evaluate(trained)
     default = "trained" if "recipe" not in config else "other_recipe"

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from .evaluate import trusted_config
 from .train import plain
 
 CONFIG = "generate"
@@ -33,5 +34,6 @@ def run(cfg: DictConfig) -> int:
 
     config = plain(cfg)
     path = chosen_checkpoint(config["run"], config["checkpoint"])
+    trusted_config(path, config["allow_targets"])
     print(complete(trained_run(path, {"device": config["device"]}), _sample(config), config["seed"]))
     return 0

@@ -58,11 +58,17 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
     from qtrain.training.assembly import assemble
+    from qtrain.training.baselines import reference_run
+    from qtrain.training.saved import checkpoint_of
     from qtrain.training.wandb_logger import check_logger
 
     config = plain(cfg)
     check_logger(config["logger"])
-    assemble(config)
+    settings = assemble(config).settings
+    if settings.baseline is not None:
+        reference_run(settings.baseline, settings.out)
+    if settings.resume is not None:
+        checkpoint_of(settings.resume)
 
 
 def run(cfg: DictConfig) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from qtrain.commands import evaluate, generate, train
@@ -94,6 +95,19 @@ def test_another_recipe_quantizes_the_trained_weights(finished, tmp_path):
     found = evaluated(finished, tmp_path, "recipe=all_gemms", "w=int2_row", "eval_windows=3")
     assert found["quantized_fraction"] > 0.8  # all but lm_head
     assert found["data"]["val_windows"] == 3
+
+
+@pytest.mark.parametrize("command", [evaluate, generate], ids=["evaluate", "generate"])
+def test_a_checkpoint_names_no_code_of_its_choice(finished, tmp_path, command):
+    saved = torch.load(finished / "checkpoints" / "final.ckpt", weights_only=True)
+    saved["hyper_parameters"]["config"]["data"]["source"] = {
+        "_target_": "os.mkdir",
+        "path": str(tmp_path / "made"),
+    }
+    torch.save(saved, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"os\.mkdir"):
+        command.run(composed(command.CONFIG, f"checkpoint={tmp_path / 'a.ckpt'}"))
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("overrides", [[], ["run=a", "checkpoint=b"]])

@@ -105,7 +105,10 @@ class MetricsJSONL(Callback):
         self._file.flush()
         prefix = row["kind"]
         axes = {k: row[k] for k in ("step", "tokens")}
-        values = {f"{prefix}/{k.removeprefix('val_')}": v for k, v in row.items() if k not in ("kind", *axes)}
+        # Floats: W&B draws no curve of booleans
+        values = {
+            f"{prefix}/{k.removeprefix('val_')}": float(v) for k, v in row.items() if k not in ("kind", *axes)
+        }
         for logger in trainer.loggers:
             logger.log_metrics({**axes, **values}, step=row["step"])
 

@@ -1,0 +1,61 @@
+"""W&B: offline unless somebody is logged in, the right axes, and no key in any file."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtrain.training.assembly import assemble
+from qtrain.training.fit import train
+from qtrain.training.wandb_logger import check_logger, logged_in, resolved_mode
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """No key, no netrc, no mode in the environment."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_offline_without_a_login():
+    assert not logged_in()
+    assert resolved_mode("auto") == "offline"
+    assert resolved_mode("online") == "online"
+
+
+def test_a_key_or_an_entry_in_netrc_is_a_login(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine other.example login a password b\n")
+    assert not logged_in()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    assert resolved_mode("auto") == "online"
+    assert resolved_mode("offline") == "offline"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert resolved_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolved_mode("auto") == "disabled"
+
+
+def test_a_broken_netrc_is_named(tmp_path):
+    (tmp_path / "netrc").write_text("nonsense here\n")
+    with pytest.raises(ValueError, match=r"logger\.mode=offline"):
+        logged_in()
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="wandb, none"):
+        check_logger({"kind": "tensorboard"})
+
+
+def test_an_offline_run(configure, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    config = configure(tmp_path, "logger=wandb", "logger.mode=offline", "steps=3", "run=one")
+    verdict, folder = train(assemble(config))
+    assert verdict.good
+    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    # The records are protobuf, in which strings stand as they are
+    text = log.read_bytes()
+    for expected in (b"train/loss", b"train/grad_norm", b"val/bits_per_byte", b"tokens", b"final/val_loss"):
+        assert expected in text, expected
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    assert not [p for p in files if b"0123456789abcdef0123456789abcdef01234567" in p.read_bytes()]
