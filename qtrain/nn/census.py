@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .observation import Observation, observe_layer
+from .linear import QuantizedLinear
+from .observation import Observation, missing, observe_layer
 from .probe import LayerProbe, Watch
 from .surgery import SurgeryReport
 
@@ -26,7 +27,8 @@ class CensusError(RuntimeError):
 
 @dataclass(frozen=True)
 class Census:
-    """What a probe step showed. ``observations``: three operands' pairs and three results a layer."""
+    """What a probe step showed. ``observations``: three pairs of operands, y, dx, dW and db of each passage through
+    a layer."""
 
     observations: tuple[Observation, ...]
 
@@ -95,7 +97,7 @@ class Census:
             numbers = [f"{v:.1f}" for v in (values[0], values[len(values) // 2], values[-1])]
             table.add_row(name, spec, str(len(rows)), kernel, dtype, shown, *numbers)
         out = StringIO()
-        Console(file=out, width=150).print(table)
+        Console(file=out, width=150, markup=False).print(table)
         return out.getvalue()
 
 
@@ -118,27 +120,40 @@ def gradients_of_probe(
             p.grad = kept[name]
 
 
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names that surgery gave them: torch.compile's wrapper adds a part to each."""
+    return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+
+
 def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Module], Tensor]) -> Census:
     """Run ``probe(model) -> scalar loss`` forward and backward once, eagerly, and look at every planned layer.
 
-    The model's parameters, gradients, random state and compiled code are left as they were. Gradients of every
-    probed layer must exist: a probe in which a planned layer takes no part is a failure of the census.
+    The model's parameters, gradients, random state, clock and compiled code are left as they were. A probe in which
+    a planned layer takes no part is a failure of the census, and so is a layer that the model does not have (the
+    names of a wrapped model differ) or that quantizes against the plan.
     """
-    layers = {name: m for name, m in model.named_modules() if name in report.plan}
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
+    layers, plan = named_layers(model), report.plan
     watch = Watch()
-    probes = {name: LayerProbe(layer, report.plan[name], watch) for name, layer in layers.items()}  # type: ignore[arg-type]
+    counters = report.clock.counters
+    kept = counters.clone()
+    probes = {name: LayerProbe(layers[name], counters, watch) for name in plan if name in layers}
     try:
         with torch.compiler.set_stance("force_eager"), watch:
             gradients_of_probe(model, probe)
     finally:
+        counters.copy_(kept)
         for layer_probe in probes.values():
             layer_probe.remove()
     observations: list[Observation] = []
-    for name, layer_probe in probes.items():
-        shared = owners[id(layer_probe.layer.weight)] > 1
-        observations += observe_layer(name, layer_probe, shared_weight=shared)
+    for layer in report.layers:
+        module = layers.get(layer.name)
+        if layer.recipe is None:
+            if isinstance(module, QuantizedLinear) and module.recipe.quantizes:
+                observations.append(missing(layer.name, "is configured as high precision and was quantized"))
+        elif layer.name not in probes:
+            near = next((n for n in layers if n.endswith(f".{layer.name}")), "")
+            hint = f" (there is {near}: pass the model that apply_recipe got)" if near else ""
+            observations.append(missing(layer.name, f"is no module of the model{hint}"))
+        else:
+            observations += observe_layer(layer.name, layer.recipe, probes[layer.name])
     return Census(tuple(observations))

@@ -9,7 +9,9 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class OracleOperand:
 
     source: [F, K] float32, what is to be quantized: transformed, and with folded scales multiplied in. values,
     scale: its grid values and scales, in the layout that ``spec`` tiles: [F, K], or [K, F] where ``transposed``
-    (an operand of the forward in a backward GEMM). codes: whether the GEMM multiplies ``values`` themselves.
+    (an operand of the forward in a backward GEMM). folded: whether its scales went into the other operand.
     """
 
     source: Tensor
@@ -47,16 +49,19 @@ class OracleOperand:
 
 @dataclass(frozen=True)
 class OracleGemm:
-    """a [M, K] . b [N, K]^T, with the operands' names. result: what the layer gives out for it."""
+    """a [M, K] . b [N, K]^T, with the operands' names. result: what the layer gives out for it, ``given_out`` of
+    the product: for a gradient the estimator's mask and the transform back, for y the product itself. mixes: whether
+    that transform mixes the elements of a row."""
 
     names: tuple[str, str]
     a: OracleOperand
     b: OracleOperand
-    result: Tensor
+    given_out: Callable[[Tensor], Tensor]
+    mixes: bool = False
 
-    @property
-    def product(self) -> Tensor:
-        return self.a.multiplied @ self.b.multiplied.t()
+    @cached_property
+    def result(self) -> Tensor:
+        return self.given_out(self.a.multiplied @ self.b.multiplied.t())
 
 
 class _Operands:
@@ -101,7 +106,7 @@ def _reused(forward: OracleOperand, *, other_quantized: bool) -> tuple[OracleOpe
 
 
 def _backward_through(
-    recipe: LinearRecipe, draws: Draws, d: Tensor, inside: Tensor | None, rotated: bool
+    recipe: LinearRecipe, draws: Draws, inside: Tensor | None, rotated: bool, d: Tensor
 ) -> Tensor:
     """A gradient of the forward's operand -> of the tensor itself: M in the forward's basis, then H^T."""
     transform = recipe.fprop.transform
@@ -125,7 +130,7 @@ def linear_oracle(
     make = _Operands(recipe, draws)
     xq, wq = make.make(x, "fprop.input", "fprop"), make.make(weight, "fprop.weight", "fprop")
     names = ("fprop.input", "fprop.weight")
-    gemms = {"fprop": OracleGemm(names, xq, wq, xq.multiplied @ wq.multiplied.t())}
+    gemms = {"fprop": OracleGemm(names, xq, wq, lambda product: product)}
     if g is None:
         return gemms
     g = g.detach().to(torch.float32)
@@ -141,10 +146,9 @@ def linear_oracle(
         a = make.make(
             g_view if fold is None else g_view * fold, names[0], gemm, rows_are_contraction=gemm == "wgrad"
         )
+        mixes = recipe.fprop.transform is not None
         inside = _inside(make, other, "fprop.input" if gemm == "dgrad" else "fprop.weight")
-        product = a.multiplied @ b.multiplied.t()
-        result = _backward_through(recipe, draws, product, inside, rotated=reuse)
-        gemms[gemm] = OracleGemm(names, a, b, result)
+        gemms[gemm] = OracleGemm(names, a, b, partial(_backward_through, recipe, draws, inside, reuse), mixes)
     return gemms
 
 

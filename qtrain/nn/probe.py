@@ -1,16 +1,14 @@
-"""Looking at a layer from outside: hooks catch what enters and leaves it, a dispatch mode the operands of the
-matrix products that really execute in between. Nothing here asks the layer what it did."""
+"""Looking at a layer from outside: hooks catch what enters and leaves it, a dispatch mode the operands and results
+of the matrix products that really execute in between. Nothing here asks the layer what it did."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from qtrain.quant import LinearRecipe
 
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
@@ -18,83 +16,122 @@ GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product that executed: a [M, K] . b [N, K]^T."""
+    """A matrix product that executed: out [M, N] = a [M, K] . b [N, K]^T, plus something if ``added``."""
 
     kernel: str
     a: Tensor
     b: Tensor
+    out: Tensor
+    added: bool
 
 
 class Watch(TorchDispatchMode):
-    """Collects the matrix products that execute, for whoever asks next."""
+    """Gives every matrix product that executes to each list that is open."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: list[Product] = []
-        self.active = False
+        self.open: dict[int, list[Product]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if self.active and name in GEMM_OPS:
-            a, b = args[GEMM_OPS[name] : GEMM_OPS[name] + 2]
-            self.products.append(Product(name, a.detach(), b.detach().t()))
+        if self.open and name in GEMM_OPS:
+            first = GEMM_OPS[name]
+            a, b = args[first : first + 2]
+            product = Product(name, a.detach(), b.detach().t(), out.detach().clone(), first == 1)
+            for products in self.open.values():
+                products.append(product)
         return out
 
-    def take(self) -> list[Product]:
-        products, self.products = self.products, []
-        return products
+    def start(self, products: list[Product]) -> None:
+        self.open[id(products)] = products
+
+    def stop(self, products: list[Product]) -> None:
+        self.open.pop(id(products), None)
+
+
+@dataclass
+class Call:
+    """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, as
+    the layer was entered. needs_dx: whether its input asks for a gradient."""
+
+    counters: Tensor
+    needs_dx: bool
+    edges: dict[str, Tensor] = field(default_factory=dict)
+    forward: list[Product] = field(default_factory=list)
+    backward: list[Product] = field(default_factory=list)
+
+    def matrix(self, name: str) -> Tensor | None:
+        """x, y, g, dx [T, .], dW [O, I] or db [1, O] in float32, None where it was not seen."""
+        tensor = self.edges.get(name)
+        return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
 
 
 class LayerProbe:
-    """Hooks on one layer: what enters and leaves it, and the products in between."""
+    """Hooks on one layer; ``calls``: its passages in order, recomputations by checkpointing included.
 
-    def __init__(self, layer: nn.Linear, recipe: LinearRecipe, watch: Watch) -> None:
-        self.layer, self.recipe, self.watch = layer, recipe, watch
-        self.seen: dict[str, Tensor] = {}
-        self.products: dict[str, list[Product]] = {"forward": [], "backward": []}
+    During a call the layer sees aliases of its input and parameters, whose gradients are of this call alone, however
+    many layers and calls read the same tensor.
+    """
+
+    def __init__(self, layer: nn.Module, counters: Tensor, watch: Watch) -> None:
+        self.layer, self.counters, self.watch = layer, counters, watch
+        self.calls: list[Call] = []
+        self._parameters: list[dict[str, Any]] = []
         self.handles = [
-            layer.register_forward_pre_hook(self._enter),
-            layer.register_forward_hook(self._leave),
-            layer.weight.register_hook(lambda grad: self._leave_backward("dW", grad)),
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True),
+            # First of all hooks, which may replace the output, and also after an exception, by which
+            # checkpointing ends a recomputation
+            layer.register_forward_hook(self._leave, prepend=True, always_call=True),
         ]
 
-    def _begin(self) -> None:
-        self.watch.take()
-        self.watch.active = True
-
-    def _end(self, direction: str) -> None:
-        if self.watch.active:
-            self.watch.active = False
-            self.products[direction] = self.watch.take()
-
-    def _enter(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        alias = args[0].view_as(args[0])  # its gradient is this layer's alone, however many read the input
-        self.seen["x"] = alias.detach()
+    def _alias(self, call: Call, tensor: Tensor, name: str) -> Tensor:
+        alias = tensor.view_as(tensor)
         if alias.requires_grad:
-            alias.register_hook(lambda grad: self._leave_backward("dx", grad))
-        self._begin()
-        return (alias, *args[1:])
+            alias.register_hook(lambda grad: self._leave_backward(call, name, grad))
+        return alias
 
-    def _leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._end("forward")
-        self.seen["y"] = output.detach()
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        (key, x), *rest = [*enumerate(args), *kwargs.items()]
+        call = Call(self.counters.clone(), x.requires_grad and torch.is_grad_enabled())
+        call.edges["x"] = x.detach().clone()
+        self.calls.append(call)
+        self._parameters.append(dict(module._parameters))
+        for name, gradient in (("weight", "dW"), ("bias", "db")):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                module._parameters[name] = self._alias(call, parameter, gradient)  # type: ignore[assignment]
+        entering = dict([(key, self._alias(call, x, "dx")), *rest])
+        self.watch.start(call.forward)
+        return tuple(v for k, v in entering.items() if isinstance(k, int)), {
+            k: v for k, v in entering.items() if not isinstance(k, int)
+        }
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._parameters:
+            return  # the layer was not entered: a hook before ours raised
+        module._parameters.update(self._parameters.pop())
+        call = self.calls[-1]
+        self.watch.stop(call.forward)
+        if output is None:
+            return
+        call.edges["y"] = output.detach().clone()
         if output.requires_grad:
-            output.register_hook(self._enter_backward)
+            output.register_hook(lambda grad: self._enter_backward(call, grad))
 
-    def _enter_backward(self, grad: Tensor) -> None:
-        self.seen["g"] = grad.detach().clone()
-        self._begin()
+    def _enter_backward(self, call: Call, grad: Tensor | None) -> None:
+        if grad is None:  # a layer behind gave out nothing
+            return
+        call.edges["g"] = grad.detach().clone()
+        self.watch.start(call.backward)
 
-    def _leave_backward(self, name: str, grad: Tensor) -> None:
-        self._end("backward")
-        self.seen[name] = grad.detach().clone()
-
-    def matrix(self, name: str) -> Tensor | None:
-        """x, y, g, dx [T, .] or dW [O, I] in float32, None where it was not seen."""
-        tensor = self.seen.get(name)
-        return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
+    def _leave_backward(self, call: Call, name: str, grad: Tensor | None) -> None:
+        self.watch.stop(call.backward)
+        if grad is not None:
+            call.edges[name] = grad.detach().clone()
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        while self._parameters:
+            self.layer._parameters.update(self._parameters.pop())

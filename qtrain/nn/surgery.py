@@ -86,7 +86,7 @@ class SurgeryReport:
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
             table.add_row(layer.name, shape, *gemms, layer.recipe.saved)
         out = StringIO()
-        Console(file=out, width=160).print(table)
+        Console(file=out, width=160, markup=False).print(table)  # [hadamard:4] is no markup
         return out.getvalue()
 
 

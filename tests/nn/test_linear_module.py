@@ -10,6 +10,7 @@ import pytest
 import torch
 from equations import LAYERS
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from qtrain.nn import Clock, QuantizedLinear
 from qtrain.quant import LinearRecipe
@@ -58,7 +59,7 @@ def test_the_clock_moves_on_without_another_compilation() -> None:
     torch._dynamo.reset()
     layer = make("w4a8")
     layer.recipe = LinearRecipe(fprop={"input": "int4_row_sr"})
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     seen = set()
     for step in range(3):
