@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except RunFailed:
         return 1
+    except BrokenPipeError:
+        # The reader of a pipe (| head) has gone; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

@@ -290,6 +290,13 @@ def test_misspelling_costs_no_torch_and_little_time(arguments: list[str], tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m qtrain.cli bench --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("qtrain bench: ")
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("arguments", [["bench", "step"], ["train"]])
 def test_an_impossible_combination_costs_little_time(arguments: list[str], tmp_path: Path) -> None:
     seconds, done = in_a_process([*arguments, "model.heads=5"], tmp_path)
