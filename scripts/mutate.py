@@ -328,10 +328,13 @@ class Facts:
 
     def phases(self, mutant: Mutant) -> list[list[str]]:
         """Tests for a mutant: of the mirrored files, then of the others. Those that reach the statement; all of
-        them where an import reaches it, or (compiled code leaves no trace) none. One case of each test function
-        comes before the second cases."""
+        them where an import reaches it; where nothing does, the mirrored ones (compiled code leaves no trace),
+        and no test at all in a file that no test enters. One case of each test function comes before the second
+        cases."""
         by_line = self.contexts.get(mutant.path, {})
         reached = {test for line in mutant.lines for test in by_line.get(line, [])}
+        if not reached and not any(test for tests in by_line.values() for test in tests):
+            return []
         everything = "" in reached or not reached
         counts: dict[str, int] = {}
         keys = {}
@@ -344,7 +347,7 @@ class Facts:
         first = [t for t in chosen if t.partition("::")[0] in mirrors]
         rest = [t for t in chosen if t.partition("::")[0] not in mirrors]
         rest.sort(key=lambda t: t.partition("::")[0])
-        return [phase for phase in (first, rest) if phase]
+        return [phase for phase in (first, rest if reached or not first else []) if phase]
 
 
 def mirrored(path: str) -> set[str]:
@@ -383,6 +386,7 @@ def fork_pytest(tree: Path, arguments: list[str], plugin: Any, *, write_bytecode
         return pid
     code = 3
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)  # a timeout ends what the tests started as well
         with open(tree / "output.txt", "wb") as output:
             os.dup2(output.fileno(), 1)
@@ -443,32 +447,36 @@ class Slot:
         self.tree = tree
         self.stamp = int(time.time()) + 10_000
         self.pid = 0
+        self.mutant: Mutant | None = None
 
     def plant(self, mutant: Mutant, phases: list[list[str]], durations: dict[str, float]) -> None:
         self.mutant, self.phases, self.durations = mutant, list(phases), durations
-        self.original = (self.tree / mutant.path).read_text()
+        self.target = self.tree / mutant.path
+        self.original = self.target.read_text()
         self.started = time.monotonic()
         self.killer = ""
         self.write(mutant.code)
-        self.next_phase()
+        if self.phases:
+            self.next_phase()
 
     def write(self, text: str) -> None:
         """A time of change that no cached bytecode has: two mutants of a second may have the same size."""
-        target = self.tree / self.mutant.path
-        target.write_text(text)
+        self.target.write_text(text)
         self.stamp += 2
-        os.utime(target, (self.stamp, self.stamp))
+        os.utime(self.target, (self.stamp, self.stamp))
 
     def next_phase(self) -> None:
         tests = self.phases.pop(0)
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
         (self.tree / "result.json").unlink(missing_ok=True)
-        chosen = Chosen(tests, self.durations, self.tree / self.mutant.path)
+        chosen = Chosen(tests, self.durations, self.target)
         self.pid = fork_pytest(self.tree, files, chosen)
         self.deadline = time.monotonic() + WALL_SECONDS
 
     def poll(self) -> str | None:
         """The outcome once it is known."""
+        if not self.pid:
+            return self.finish(SURVIVED)  # no test enters the file
         done, status = os.waitpid(self.pid, os.WNOHANG)
         if not done:
             if time.monotonic() < self.deadline:
@@ -479,14 +487,14 @@ class Slot:
         if code == -signal.SIGPROF:
             return self.finish(TIMEOUT)
         if code == 5:
-            raise RuntimeError(f"no test was selected for {self.mutant.path}:{self.mutant.line}")
+            raise RuntimeError(f"no test was selected for a mutant of {self.target}")
         result = json.loads((self.tree / "result.json").read_text()) if code in (0, 1, 2) else {}
         if code:
             self.killer = result.get("killer") or f"exit {code}"
             return self.finish(KILLED)
         if not result["imported"]:
             raise RuntimeError(
-                f"the tests of {self.mutant.path} did not import the mutant, but another copy or none"
+                f"the tests of {self.target} did not import the mutant, but another copy or none"
             )
         if self.phases:
             self.next_phase()
@@ -554,15 +562,15 @@ def run_all(mutants: list[Mutant], trees: list[Path], cache: Path) -> list[dict[
     ) as progress:  # a refreshing thread would be forked with its locks
         task = progress.add_task("", total=len(pending))
         try:
-            while pending or any(slot.pid for slot in slots):
+            while pending or any(slot.mutant for slot in slots):
                 for slot in slots:
-                    if not slot.pid and pending:
+                    if slot.mutant is None and pending:
                         mutant = pending.pop(0)
                         known = facts[tests_folder(mutant.path)]
                         slot.plant(mutant, known.phases(mutant), known.durations)
-                    if not slot.pid or (outcome := slot.poll()) is None:
+                    if (m := slot.mutant) is None or (outcome := slot.poll()) is None:
                         continue
-                    m = slot.mutant
+                    slot.mutant = None
                     row = {"id": m.id, "path": m.path, "line": m.line, "operator": m.operator, "diff": m.diff}
                     row |= {"outcome": outcome, "killer": slot.killer, "seconds": round(slot.seconds, 2)}
                     results[tests_folder(m.path)].add(row)
@@ -650,6 +658,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--survivors-of", type=Path, metavar="FILE", help="test only a report's survivors")
     parser.add_argument("--fail-under", type=float, default=90.0, metavar="PERCENT", help="(default 90)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "mutation", metavar="DIR")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="TESTS", help="leave out an unfinished test file"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     parser.add_argument("--self-test", action="store_true", help="plant mutants of known outcome and stop")
     return parser.parse_args()
@@ -658,9 +669,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch is removed
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         trees = [Path(scratch).resolve() / str(i) for i in range(arguments.jobs)]
         copy_tree(ROOT, trees[0])
+        for name in arguments.without:
+            (trees[0] / name).unlink()
         if arguments.self_test:
             return self_test(trees, (arguments.module or [f"{MODULES[0]}/ste.py"])[0])
         mutants = choose(arguments, trees[0])

@@ -138,9 +138,10 @@ def test_the_tests_of_a_mutant():
 
     assert phases(3, 4) == [[f"{a}x[1]", f"{a}y", f"{a}x[2]"], [f"{b}w"]]
     assert phases(4) == [[f"{a}y"]]
-    # reached by an import, or by nothing that leaves a trace: all tests, those that reach it first
+    # reached by an import: all tests, those that reach it first; by nothing that leaves a trace: the mirrored file's
     assert phases(9) == [[f"{a}y", f"{a}z", f"{a}x[1]", f"{a}x[2]"], [f"{b}w"]]
-    assert phases(7) == [[f"{a}z", f"{a}x[1]", f"{a}y", f"{a}x[2]"], [f"{b}w"]]
+    assert phases(7) == [[f"{a}z", f"{a}x[1]", f"{a}y", f"{a}x[2]"]]
+    assert facts.phases(mutate.Mutant("qtrain/quant/b.py", 1, range(1, 2), "", "", "")) == []
 
 
 A = """
