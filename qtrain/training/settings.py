@@ -21,7 +21,7 @@ class SampleSettings:
     """The text that a finished run writes. ``temperature`` 0 is greedy; ``top_k`` None: the whole vocabulary."""
 
     prompt: str = "\n"
-    max_new_tokens: int = 300
+    max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
 
