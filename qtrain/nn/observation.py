@@ -85,7 +85,7 @@ def _tiles(matrix: Tensor, spec: QuantSpec, filler: float) -> Tensor:
     marks = tiling.blocks(torch.ones_like(matrix, dtype=torch.float32)).permute(0, 2, 1, 3)
     tiles = tiling.blocks(matrix.to(torch.float32)).permute(0, 2, 1, 3)
     tiles = torch.where(marks > 0, tiles, filler)
-    return tiles.reshape(tiles.shape[0] * tiles.shape[1], -1)
+    return tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * tiles.shape[3])
 
 
 def most_distinct(matrix: Tensor, spec: QuantSpec) -> int:
@@ -101,7 +101,8 @@ def rescaled(values: Tensor, source: Tensor, spec: QuantSpec) -> Tensor:
     """``values`` times the least-squares scale of each block: SQNR of codes whose scales are applied elsewhere.
     As [blocks, elements], beside ``_tiles(source)``."""
     v, s = _tiles(values, spec, 0.0), _tiles(source, spec, 0.0)
-    return v * ((v * s).sum(1, keepdim=True) / v.square().sum(1, keepdim=True).clamp(min=1e-300))
+    power = v.square().sum(1, keepdim=True)
+    return v * torch.where(power > 0, (v * s).sum(1, keepdim=True) / power, 0.0)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -91,8 +91,9 @@ class LayerProbe:
             alias.register_hook(lambda grad: self._leave_backward(call, name, grad))
         return alias
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        (key, x), *rest = [*enumerate(args), *kwargs.items()]
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        entering: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        key, x = next(iter(entering.items()))
         call = Call(self.counters.clone(), x.requires_grad and torch.is_grad_enabled())
         call.edges["x"] = x.detach().clone()
         self.calls.append(call)
@@ -101,7 +102,7 @@ class LayerProbe:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 module._parameters[name] = self._alias(call, parameter, gradient)  # type: ignore[assignment]
-        entering = dict([(key, self._alias(call, x, "dx")), *rest])
+        entering[key] = self._alias(call, x, "dx")
         self.watch.start(call.forward)
         return tuple(v for k, v in entering.items() if isinstance(k, int)), {
             k: v for k, v in entering.items() if not isinstance(k, int)

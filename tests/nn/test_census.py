@@ -204,6 +204,25 @@ def test_frozen_weights_and_inputs_without_gradient_have_no_such_gemm() -> None:
     assert ("blocks.0.mlp.up", "dW") in names
 
 
+def test_rows_of_zeros_do_not_blind_the_census() -> None:
+    """A padding token, say: nothing divided by nothing must not turn the SQNR of the operand into nan."""
+    layer = nn.Sequential(nn.Linear(16, 16))
+    report = apply_recipe(layer, ModelRecipe(linear=LinearRecipe(**LAYERS["int8_reused"])))
+    x = torch.randn(8, 16)
+    x[3] = 0.0
+    census = take_census(layer, report, lambda m: m(x)[:6].square().sum())
+    assert census.failures() == []
+    assert all(30 < o.sqnr_db < 60 for o in census.quantized())
+
+
+@pytest.mark.parametrize("name", ["int8_reused", "saved_own", "stochastic_column"])
+def test_a_layer_that_gets_no_tokens_passes(name: str) -> None:
+    layer = nn.Sequential(nn.Linear(16, 16))
+    report = apply_recipe(layer, ModelRecipe(linear=LinearRecipe(**LAYERS[name])))
+    x = torch.zeros(0, 16, requires_grad=True)
+    assert take_census(layer, report, lambda m: m(x).square().sum()).failures() == []
+
+
 def test_bf16_parameters_pass() -> None:
     model, report = gpt("int8_reused")
     assert take_census(model.to(torch.bfloat16), report, loss_of("fp32")).failures() == []
@@ -389,6 +408,7 @@ OPERANDS = [("fprop", "input"), ("fprop", "weight"), ("dgrad", "grad_output"), (
         ("int4_row", "int8_row"),
         ("int8_row", "int4_row"),
         ("int8_row", None),
+        ("int8_group8", None),
         (None, "int8_row"),
         ("int8_tensor", "int8_row"),
         ("int8_row", "int8_tensor"),
