@@ -1,4 +1,5 @@
-"""Puts this folder on the path: ``equations`` is the reference that several of its tests read."""
+"""Puts this folder on the path: several of its tests read ``equations``, the reference, and share recipes, layers
+and models."""
 
 from __future__ import annotations
 

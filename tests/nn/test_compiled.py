@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import LAYERS
+from layer_recipes import LAYERS
 from torch import Tensor, nn
 
 from qtrain.models.gpt import GPT, GPTConfig

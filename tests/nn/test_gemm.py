@@ -104,6 +104,12 @@ def test_bias_and_scales_are_applied_in_float32() -> None:
     assert float(y) == 257.0
 
 
+def test_a_bfloat16_bias_is_added_in_float32() -> None:
+    a, b = torch.tensor([[1.0]]).bfloat16(), torch.tensor([[256.0]]).bfloat16()
+    bias = torch.tensor([1.0]).bfloat16()
+    assert float(quantized_gemm(GemmOperand(a, None), GemmOperand(b, None), torch.float32, bias)) == 257.0
+
+
 def test_the_stated_error_of_a_rounding_is_reached_and_not_passed() -> None:
     """257 rounds to 256: 2^-8 of the result, the most that rounding to bfloat16 does."""
     a, b = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.tensor([[256.0, 1.0]]).bfloat16()

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from equations import LAYERS
+from layer_recipes import LAYERS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import equations
 import pytest
 import torch
-from equations import LAYERS
+from layer_recipes import LAYERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

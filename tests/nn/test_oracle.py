@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equations import LAYERS
+from layer_recipes import LAYERS
 
 from qtrain.nn import Clock
 from qtrain.nn.clock import Draws
