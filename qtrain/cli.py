@@ -19,7 +19,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -149,15 +150,15 @@ def _command(name: str, rest: list[str]) -> int:
     if options.config_dir is not None and not Path(options.config_dir).is_dir():
         raise UserError(f"--config-dir {options.config_dir}: no such folder")
     words = _overrides(module, name, options.overrides + unknown)
-    hydra = _hydra(name, options.config_dir)
-    checks = Overrides(hydra.config_loader, module.CONFIG, words)  # type: ignore[arg-type]
-    if options.help:
-        print(_command_help(name, module, checks))
-        return 0
-    if options.cfg:
-        return _print_config(checks, options.multirun)
-    _check_all(module, checks, options.multirun, options.allow_target)
-    return _launch(hydra, name, module, words, checks, options.multirun)
+    with _hydra(name, options.config_dir) as hydra:
+        checks = Overrides(hydra.config_loader, module.CONFIG, words)
+        if options.help:
+            print(_command_help(name, module, checks))
+            return 0
+        if options.cfg:
+            return _print_config(checks, options.multirun)
+        _check_all(module, checks, options.multirun, options.allow_target)
+        return _launch(hydra, name, module, words, checks, options.multirun)
 
 
 def _overrides(module: ModuleType, name: str, words: list[str]) -> list[str]:
@@ -178,8 +179,9 @@ def _overrides(module: ModuleType, name: str, words: list[str]) -> list[str]:
     return defaults + overrides
 
 
-def _hydra(name: str, users_configs: str | None) -> Any:
-    """Hydra over the package's configs, the user's before them."""
+@contextmanager
+def _hydra(name: str, users_configs: str | None) -> Iterator[Any]:
+    """Hydra over the package's configs, the user's before them; its global state ends with the command."""
     from hydra import version
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
     from hydra._internal.hydra import Hydra
@@ -192,7 +194,10 @@ def _hydra(name: str, users_configs: str | None) -> Any:
     assert isinstance(path, ConfigSearchPathImpl)
     if users_configs is not None:
         path.prepend("command-line", f"file://{Path(users_configs).resolve()}")
-    return Hydra.create_main_hydra2(name, path)
+    try:
+        yield Hydra.create_main_hydra2(name, path)
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _check_all(module: ModuleType, checks: Overrides, multirun: bool, allowed: Sequence[str]) -> None:

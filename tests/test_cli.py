@@ -305,3 +305,11 @@ def test_an_impossible_combination_costs_little_time(arguments: list[str], tmp_p
     assert "Traceback" not in done.stderr
     # 3 s where the machine is idle and torch takes 1.3; shared cores stretch CPU time as well
     assert seconds < max(3.0, 2.5 * cpu_seconds("import torch", [], tmp_path)[0])
+
+
+def test_hydra_s_global_state_ends_with_the_command(toy):
+    from hydra.core.global_hydra import GlobalHydra
+
+    for arguments in (["size=3"], ["size=0"], ["sise=3"], ["--cfg"]):
+        toy(*arguments)
+        assert not GlobalHydra.instance().is_initialized()
