@@ -53,6 +53,15 @@ def test_noise_is_the_hash_of_its_stream(draw: str, layer: str) -> None:
     assert found.dtype == torch.float32
 
 
+def test_streams_are_signed_32_bit_ids_as_the_kernels_take_them() -> None:
+    streams = [
+        Draws(torch.tensor([1, 2, 3]), stream_id(f"blocks.{i}"))._named(d)[2] for i in range(9) for d in DRAWS
+    ]
+    assert all(-(2**31) <= s < 2**31 for s in streams)
+    assert min(streams) < 0 < max(streams)
+    assert len(set(streams)) == len(streams)
+
+
 def test_rows_that_are_no_tokens_ignore_the_offset() -> None:
     a, b = (draws(offset=o).noise(SR, "fprop.weight", (3, 4), tokens=False) for o in (0, 50))
     assert torch.equal(a, b)
