@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("mutmut", reason="pip install 'mutmut>=3.8'")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "mutate.py"
 
+sys.path.insert(0, str(SCRIPT.parent))  # as when it runs as a script
 spec = importlib.util.spec_from_file_location("mutate", SCRIPT)
 mutate = sys.modules["mutate"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mutate)
