@@ -85,6 +85,12 @@ class SurgeryReport:
                 pair = f"{operands[2 * i]} | {operands[2 * i + 1]}"
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
             table.add_row(layer.name, shape, *gemms, layer.recipe.saved)
+        simulated = self.simulated_only()
+        if simulated:
+            table.caption = (
+                f"{len(simulated)} operands have a scale per contraction index and can only be simulated: "
+                f"{', '.join(sorted({name.rpartition('/')[2] for name in simulated}))}"
+            )
         out = StringIO()
         Console(file=out, width=160, markup=False).print(table)  # [hadamard:4] is no markup
         return out.getvalue()
