@@ -142,6 +142,11 @@ LAYERS: dict[str, dict[str, Any]] = {
         "dgrad": {"weight": "fprop"},
         "wgrad": {"grad_output": "int8_row", "input": "fprop"},
     },
+    "stochastic_trust": {
+        "fprop": {"input": "int4_row_sr_trust", "weight": "midrise4_row_gaussian_sr_trust"},
+        "dgrad": {"weight": "fprop"},
+        "wgrad": {"input": "fprop"},
+    },
     "stochastic_column": {
         "fprop": {"input": "int4_column", "weight": "int8_column_sr"},
         "dgrad": {"grad_output": "int4_column_sr", "weight": "int8_row_sr"},

@@ -65,6 +65,8 @@ def test_streams_are_signed_32_bit_ids_as_the_kernels_take_them() -> None:
 def test_rows_that_are_no_tokens_ignore_the_offset() -> None:
     a, b = (draws(offset=o).noise(SR, "fprop.weight", (3, 4), tokens=False) for o in (0, 50))
     assert torch.equal(a, b)
+    stream = signed(stream_id("blocks.1.up") + 2 * GOLDEN)
+    assert torch.equal(a, uniform(random_bits(torch.tensor(5), torch.tensor(0), stream, 3, 4)))
     a, b = (draws(offset=o).noise(SR, "fprop.input", (3, 4), tokens=True) for o in (0, 50))
     assert not torch.equal(a, b)
 

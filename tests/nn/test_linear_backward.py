@@ -55,6 +55,7 @@ def saved(layer: QuantizedLinear, x: Tensor, *, autocast: bool = False) -> list[
     ):
         layer(x)
     found.pop(layer.weight.untyped_storage().data_ptr())
+    assert any(t.dtype == torch.int64 for t in found.values()) == layer.recipe.stochastic
     return [t for t in found.values() if t.dtype != torch.int64]
 
 

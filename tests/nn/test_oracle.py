@@ -67,6 +67,13 @@ def test_a_reused_operand_gives_its_scales_to_the_gradient_where_it_can() -> Non
     assert torch.equal(found["dgrad"].a.source, G)
 
 
+@pytest.mark.parametrize(("rows", "folded"), [(1, False), (2, True)])
+def test_one_scale_factors_out_and_two_do_not(rows: int, folded: bool) -> None:
+    recipe = LinearRecipe(**LAYERS["int8_reused"])
+    found = linear_oracle(recipe, Draws(None, 0), X, W[:rows], G[:, :rows])
+    assert found["dgrad"].b.folded == folded
+
+
 def test_results_are_given_out_through_mask_and_transform() -> None:
     recipe, found = gemms("quest")
     transform = recipe.fprop.transform

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qtrain.models.gpt import GPT, GPTConfig
-from qtrain.nn import QuantizedLinear, apply_recipe
+from qtrain.nn import Clock, QuantizedLinear, SurgeryReport, apply_recipe
 from qtrain.quant import LinearRecipe, ModelRecipe, Rule
 
 W8 = LinearRecipe(fprop={"weight": "int8_row"})
@@ -76,10 +79,45 @@ def test_a_pattern_that_matches_nothing_names_near_layers_and_changes_nothing() 
     with pytest.raises(ValueError, match=r"the pattern 'head'.*shell wildcards against the whole name"):
         apply_recipe(model, ModelRecipe(linear=W8, exclude=["head"]))
     assert recipes(model) == {}
-    with pytest.raises(ValueError, match=r"'@@@'.*Near: (blocks\.\d\.\w+\.\w+, ){7}blocks\.1\.attn\.k"):
+    with pytest.raises(ValueError, match=r"'@@@'.*Near: (blocks\.\d\.\w+\.\w+, ){7}blocks\.1\.attn\.k;"):
         apply_recipe(model, ModelRecipe(linear=W8, exclude=["@@@"]))
     with pytest.raises(ValueError, match=r"'BLOCKS\.\*'"):  # names are told apart by case
         apply_recipe(model, ModelRecipe(linear=W8, exclude=["BLOCKS.*"]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("blocks.0.mlp.dwn", "blocks.0.mlp.down, blocks.1.mlp.down, blocks.0.mlp.up"),
+        ("head", "lm_head"),  # alike by 0.73 of their letters
+        ("lm", "lm_head"),  # by 0.44
+    ],
+)
+def test_the_three_nearest_names_are_shown(pattern: str, near: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"matches no linear layer. Near: {near};")):
+        apply_recipe(gpt(), ModelRecipe(linear=W8, exclude=[pattern]))
+
+
+def test_reports_are_frozen_and_an_empty_one_has_no_quantized_fraction() -> None:
+    report = apply_recipe(gpt(), ModelRecipe(linear=W8))
+    assert report.clock.counters.tolist() == [0, 0, 0]
+    with pytest.raises(FrozenInstanceError):
+        report.layers = ()
+    with pytest.raises(FrozenInstanceError):
+        report.layers[0].recipe = None
+    assert SurgeryReport(Clock(), ()).quantized_fraction == 0.0
+
+
+def test_long_specs_are_folded_and_not_cut() -> None:
+    long = {"format": "int4", "clip": "percentile:99.5", "rounding": "stochastic", "estimator": "clipped"}
+    recipe = LinearRecipe(
+        fprop={"input": long, "weight": long},
+        dgrad={"grad_output": long},
+        wgrad={"grad_output": long, "input": long},
+    )
+    text = str(apply_recipe(gpt(), ModelRecipe(linear=recipe)))
+    assert "…" not in text
+    assert text.count("percentile:99.5") + text.count("percentile:99.") >= 5 * 13
 
 
 def test_a_transform_that_does_not_fit_one_layer_changes_none() -> None:
@@ -214,8 +252,16 @@ def test_the_table_shows_every_layer_and_spec() -> None:
     )
     fraction = 2 * (4 * 256 + 2 * 1024) / (2 * (4 * 256 + 2 * 1024) + 61 * 16)
     assert f"{100 * fraction:.1f}% of the linear weights are quantized" in text
-    for column in ("layer", "out x in", "fprop x | W", "dgrad g | W", "wgrad g | x", "saved"):
-        assert column in text
+    header = next(line for line in text.splitlines() if "out x in" in line)
+    # the mark between columns of the header is heavier than the one that belongs to their names
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
+        "layer",
+        "out x in",
+        "fprop x | W",
+        "dgrad g | W",
+        "wgrad g | x",
+        "saved",
+    ]
 
 
 def test_the_quantized_model_trains_like_its_parts() -> None:
