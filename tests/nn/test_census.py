@@ -41,7 +41,9 @@ def test_every_recipe_passes(name: str, dtype: str) -> None:
             assert o.kernel == "mm"
             assert o.dtype == ("bfloat16" if dtype == "bf16" else "float32")
         elif o.name in recipe.operands():
-            assert o.spec == "none"
+            assert (o.spec, o.kernel) == ("none", "mm")
+        else:
+            assert (o.spec, o.kernel, o.distinct) == ("", "", None)
 
 
 @pytest.mark.parametrize("name", ["int8_reused", "saved_stochastic", "rht_forward"])

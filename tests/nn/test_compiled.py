@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_an_unquantized_compiled_step_is_found() -> None:
         model, report = stepwise(name)
         found = compare_compiled(model, report, probe)
         assert abs(found.gain) < 1e-9
+        assert found.loss_compiled == found.loss_unquantized != found.loss_eager
         assert all(abs(g) < 1e-9 for g in found.gains.values())
         with pytest.raises(
             CensusError, match=r"^the compiled step is not the eager step: gradients of the .* show -?0\.00"
@@ -256,6 +258,14 @@ def test_limits_of_a_parameters_gain() -> None:
         1.0,
         **{f"p{i}": 0.19 for i in range(7)},
     ).failures() == ["no quantization in the compiled gradient of p0, p1, p2, p3, p4"]
+
+
+def test_many_missing_layers_are_cut_short_and_sentences_are_parted() -> None:
+    found = CompiledComparison(2.0, 2.5, 3.0, 9.0, {}, tuple(f"l{i}" for i in range(7)))
+    with pytest.raises(CensusError, match=r"expected 0\.5 to 1\.5; l0, l1, l2, l3, l4: no such"):
+        found.check()
+    with pytest.raises(FrozenInstanceError):
+        found.gain = 1.0
 
 
 def test_summary_and_dict() -> None:
