@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,23 @@ def test_products_go_to_every_open_list() -> None:
         assert torch.equal(p.b, right.t())
     assert torch.equal(one.out, y)
     assert torch.equal(three.out, z)
+
+
+def test_low_precision_products_are_seen() -> None:
+    watch, products = Watch(), []
+    a = torch.randint(-5, 5, (32, 32), dtype=torch.int8)
+    b = torch.randint(-5, 5, (32, 16), dtype=torch.int8)
+    eighth, one = torch.float8_e4m3fn, torch.ones(())
+    with watch:
+        watch.start(products)
+        y = torch._int_mm(a, b)
+        torch._scaled_mm(a.to(eighth), b.t().contiguous().to(eighth).t(), one, one, out_dtype=torch.bfloat16)
+    assert [p.kernel for p in products] == ["_int_mm", "_scaled_mm"]
+    assert torch.equal(products[0].out, y)
+    for p in products:
+        assert torch.equal(p.a.to(torch.int8), a)
+        assert torch.equal(p.b.to(torch.int8), b.t())
+        assert not p.added
 
 
 def test_results_are_kept_as_they_were() -> None:
@@ -149,7 +168,8 @@ def test_an_exception_gives_the_parameters_back() -> None:
     layer, watch = Failing(4, 2), Watch()
     weight = layer.weight
     probe = LayerProbe(layer, COUNTERS, watch)
-    with pytest.raises(KeyError):
+    with warnings.catch_warnings(), pytest.raises(KeyError):
+        warnings.simplefilter("error")  # what a hook raises after an exception becomes a warning
         layer(torch.ones(1, 4))
     assert layer.weight is weight
     assert not watch.open
