@@ -59,20 +59,21 @@ def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
     from qtrain.training.assembly import assemble
     from qtrain.training.baselines import reference_run
-    from qtrain.training.saved import checkpoint_of
+    from qtrain.training.saved import check_resume
     from qtrain.training.wandb_logger import check_logger
 
     config = plain(cfg)
     check_logger(config["logger"])
-    settings = assemble(config).settings
-    if settings.baseline is not None:
-        reference_run(settings.baseline, settings.out)
-    if settings.resume is not None:
-        checkpoint_of(settings.resume)
+    parts = assemble(config)
+    if parts.settings.baseline is not None:
+        reference_run(parts.settings.baseline, parts.settings.out)
+    check_resume(parts.settings)
 
 
 def run(cfg: DictConfig) -> int:
-    """Train. 0 where the run completed, 3 where it ended with a verdict."""
+    """Train. 0 where the run completed, 3 where it ended with a verdict; after a signal, with a checkpoint, 75 (try
+    again) or 130 (Ctrl-C)."""
+    from qtrain.interrupts import exit_code
     from qtrain.training.assembly import assemble
     from qtrain.training.fit import train
 
@@ -80,4 +81,4 @@ def run(cfg: DictConfig) -> int:
     if verdict.good:
         return 0
     print(f"stopped: {verdict.message}\nwhat is left lies in {folder}", file=sys.stderr)
-    return VERDICT_EXIT
+    return VERDICT_EXIT if verdict.signal is None else exit_code(verdict.signal)

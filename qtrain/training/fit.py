@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,15 +18,15 @@ from lightning.pytorch.loggers import WandbLogger
 
 from .assembly import Assembly, build, resolved_device
 from .baselines import ReferenceRun, reference_run, trigram_loss
-from .callbacks.census import CENSUS
-from .callbacks.checkpoint import AtomicCheckpointIO
+from .callbacks.checkpoint import CheckpointWriter
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
+from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .report import print_report, sample_text, summarize
-from .run_folder import FINAL, SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
-from .saved import check_same_run, checkpoint_of
+from .resume import Start, start_run
+from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, versions, write_json, write_text
 from .settings import PRECISIONS
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
@@ -50,7 +51,7 @@ def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
         "accelerator": {"cuda": "gpu", "cpu": "cpu"}[resolved_device(settings.device)],
         "precision": PRECISIONS[settings.precision],
         "default_root_dir": folder,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [CheckpointWriter()],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -91,36 +92,61 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
-    resume = None
-    if settings.resume is not None:
-        resume = checkpoint_of(settings.resume)
-        check_same_run(resume, parts.config, data.identity())
     callbacks = [build(c) for c in parts.config["callbacks"].values()]
-    folder = create_run_folder(settings.out, settings.name, settings.run)
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
+    start = start_run(parts, data.identity())
+    with start.lock:
+        for sentence in start.refused:
+            print(f"refused: {sentence}", file=sys.stderr)
+        if start.finished:
+            message = f"the run was completed before, at step {start.step}"
+            return Verdict(outcome="completed", step=start.step, message=message), start.folder
+        if start.step:
+            print(f"{start.folder} goes on after step {start.step}", file=sys.stderr)
+        return _run(parts, data, callbacks, reference, start, begun), start.folder
+
+
+def _run(
+    parts: Assembly,
+    data: WindowsDataModule,
+    callbacks: list[Callback],
+    reference: ReferenceRun | None,
+    start: Start,
+    begun: float,
+) -> Verdict:
+    folder, config = start.folder, parts.config
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
     write_json(folder / "versions.json", versions())
-    logger = make_logger(parts.config["logger"], parts.config, folder, settings.name)
+    logger = make_logger(config["logger"], config, folder, parts.settings.name)
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
-        verdict = _fit(trainer, module, data, resume)
+        verdict = _fit(trainer, module, data, start)
         if verdict.good:
-            _report(parts, trainer, module, data, reference, folder, begun)
-        write_json(folder / VERDICT, verdict.as_dict())
+            _report(parts, trainer, module, data, reference, start, begun)
+        _write_verdict(folder, verdict)
     finally:
         _close(trainer)
-    return verdict, folder
+    return verdict
 
 
-def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, resume: Path | None) -> Verdict:
+def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start) -> Verdict:
     try:
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, data, ckpt_path=start.checkpoint, weights_only=True)
+        step = trainer.global_step
+        if len(module.window_losses) == 0 or step % module.settings.eval_every_steps:
+            trainer.validate(module, data, verbose=False)
     except RunStopped as stopped:
         return stopped.verdict
-    step = trainer.global_step
-    if len(module.window_losses) == 0 or step % module.settings.eval_every_steps:
-        trainer.validate(module, data, verbose=False)
     return Verdict(outcome="completed", step=step, message=f"completed {step} steps")
+
+
+def _write_verdict(folder: Path, verdict: Verdict) -> None:
+    try:
+        write_json(folder / VERDICT, verdict.as_dict())
+    except OSError as error:
+        if verdict.outcome != "storage_failed":
+            raise
+        print(f"{folder / VERDICT} could not be written either: {error}", file=sys.stderr)
 
 
 def _close(trainer: Trainer) -> None:
@@ -138,9 +164,10 @@ def _report(
     module: QuantizedTransformer,
     data: WindowsDataModule,
     reference: ReferenceRun | None,
-    folder: Path,
+    start: Start,
     begun: float,
 ) -> None:
+    folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
     trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
@@ -164,8 +191,8 @@ def _report(
     write_text(folder / "sample.txt", sample)
     summary.update(
         folder=str(folder),
-        checkpoint=f"checkpoints/{FINAL}",
-        resumed_from=parts.settings.resume,
+        checkpoint=f"{CHECKPOINTS}/{checkpoint_name(trainer.global_step)}",
+        resumed_from=None if start.checkpoint is None else str(start.checkpoint),
         wall_seconds=time.perf_counter() - begun,
     )
     write_json(folder / SUMMARY, summary)

@@ -19,10 +19,10 @@ from qtrain.nn.census import take_census
 from qtrain.nn.compiled import compare_compiled
 
 from ..module import QuantizedTransformer
-from ..run_folder import write_json, write_text
+from ..run_folder import CENSUS, write_json, write_text
 from ..verdict import RunStopped, Verdict
 
-CENSUS, SURGERY = "census.json", "surgery.txt"
+SURGERY = "surgery.txt"
 
 
 class CensusAtStart(Callback):

@@ -2,23 +2,20 @@
 
 It decides when the gradient is complete (accumulated and, over several processes, reduced: so all decide alike),
 before clipping and before the optimizer. The weights are then those of the last good step; they are saved, with
-optimizer and position, as ``checkpoints/last_good.ckpt``.
+optimizer and position, as that step's checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 
 from ..module import QuantizedTransformer, StepReading
-from ..run_folder import CHECKPOINTS
 from ..verdict import RunStopped, Verdict
-
-LAST_GOOD = "last_good.ckpt"
+from .checkpoint import checkpoint_writer, save
 
 
 class Guard(Callback):
@@ -30,7 +27,8 @@ class Guard(Callback):
         if math.isfinite(reading.loss) and math.isfinite(reading.grad_norm):
             return
         verdict = judge(pl_module, reading)
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / LAST_GOOD)
+        save(trainer)
+        checkpoint_writer(trainer).wait()
         raise RunStopped(verdict)
 
 

@@ -1,0 +1,194 @@
+"""Where a run starts: anew, where it was left, or from another run's checkpoint.
+
+    resume=null                 a new folder, step 0
+    resume=auto run=NAME        the run's own folder: its newest checkpoint that is whole, or step 0 where it never saved
+    resume=CHECKPOINT or RUN    a new folder, from that checkpoint
+
+In the run's own folder nothing is kept twice: rows of the metrics after the checkpoint are dropped, since the same
+steps give the same rows again. Checkpoints that are cut or altered are set aside under ``refused-``, and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from .assembly import Assembly
+from .callbacks.metrics_jsonl import METRICS, rewind_metrics
+from .checkpoints import CheckpointError, load_checkpoint, remove_leftovers, verified
+from .identity import differences
+from .run_folder import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    VERDICT,
+    append_line,
+    create_run_folder,
+    lock_run,
+    read_lines,
+    versions,
+)
+from .saved import checkpoint_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """folder: of the run. checkpoint: what it goes on from, at ``step``; None and 0 for a new run. lock: held while
+    it lives. finished: it was completed before, and nothing is left to do. refused: what newer checkpoints were not
+    taken, and why."""
+
+    folder: Path
+    lock: IO[str] = field(repr=False)
+    checkpoint: Path | None = None
+    step: int = 0
+    finished: bool = False
+    refused: tuple[str, ...] = ()
+
+
+def own_folder(parts: Assembly) -> Path | None:
+    """The folder that ``resume=auto`` goes on in; None where the run is new."""
+    settings = parts.settings
+    if settings.resume != "auto":
+        return None
+    assert settings.run is not None
+    folder = Path(settings.out) / settings.name / settings.run
+    return folder if folder.is_dir() else None
+
+
+def start_run(parts: Assembly, data: Mapping[str, Any]) -> Start:
+    """Makes or takes the run's folder. data: the identity of the data that the run will read.
+
+    Raises ValueError (CheckpointError) where there is nothing whole to go on from, where the checkpoint is of another
+    run, and where another process trains it.
+    """
+    settings = parts.settings
+    own = own_folder(parts)
+    if own is not None:
+        return _in_place(parts, own, data)
+    checkpoint, step = None, 0
+    if settings.resume is not None and settings.resume != "auto":
+        checkpoint = checkpoint_of(settings.resume)
+        step = _step_of_same_run(checkpoint, parts, data)
+        if step >= settings.steps:
+            raise ValueError(
+                f"resume={settings.resume} stands at step {step} of steps={settings.steps}: nothing is left to do; raise "
+                "steps"
+            )
+    folder = create_run_folder(settings.out, settings.name, settings.run)
+    start = Start(folder=folder, lock=lock_run(folder), checkpoint=checkpoint, step=step)
+    _record(start, previous=None)
+    return start
+
+
+def _other_run(
+    saved: Mapping[str, Any], checkpoint: Path, parts: Assembly, data: Mapping[str, Any]
+) -> str | None:
+    """A sentence where the checkpoint is of another run."""
+    different = differences(saved, parts.config, parts.recipe, data)
+    return f"the checkpoint {checkpoint} is of another run ({'; '.join(different)})" if different else None
+
+
+def _step_of_same_run(checkpoint: Path, parts: Assembly, data: Mapping[str, Any]) -> int:
+    saved = load_checkpoint(checkpoint)
+    other = _other_run(saved, checkpoint, parts, data)
+    if other is not None:
+        raise ValueError(f"{other}; give the same settings, or start anew without resume=")
+    return int(saved["qtrain"]["step"])
+
+
+def _newest(
+    place: Path, parts: Assembly, data: Mapping[str, Any]
+) -> tuple[Path | None, int, list[tuple[Path, str]]]:
+    """The latest checkpoint that is whole and of this run, its step, and the later ones with what is wrong with each.
+
+    Raises ValueError where there are checkpoints and none will do.
+    """
+    refused: list[tuple[Path, str]] = []
+    for path, problem in verified(place):
+        if problem is None:
+            saved = load_checkpoint(path, checked=True)
+            problem = _other_run(saved, path, parts, data)
+            if problem is None:
+                return path, int(saved["qtrain"]["step"]), refused
+        refused.append((path, problem))
+    if refused:
+        sentences = "; ".join(sentence for _, sentence in refused)
+        raise CheckpointError(
+            f"the run {place.parent} has no checkpoint to go on from: {sentences}. Give the run's own settings, bring a "
+            "whole checkpoint back, or start anew under another run="
+        )
+    return None, 0, []
+
+
+def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any]) -> Start:
+    lock = lock_run(folder)
+    try:
+        return _taken(parts, folder, data, lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _taken(parts: Assembly, folder: Path, data: Mapping[str, Any], lock: IO[str]) -> Start:
+    place, steps = folder / CHECKPOINTS, parts.settings.steps
+    if place.is_dir():
+        remove_leftovers(place)
+    checkpoint, step, refused = _newest(place, parts, data)
+    if step > steps:
+        raise ValueError(
+            f"the run {folder} stands at step {step}, beyond steps={steps}; raise steps, or start anew under another run="
+        )
+    for path, _ in refused:
+        _set_aside(path)
+    previous = _verdict(folder)
+    finished = previous is not None and previous.get("outcome") == "completed" and step == steps
+    start = Start(
+        folder=folder,
+        lock=lock,
+        checkpoint=checkpoint,
+        step=step,
+        finished=finished,
+        refused=tuple(sentence for _, sentence in refused),
+    )
+    if not finished:
+        _record(start, previous)
+        (folder / VERDICT).unlink(missing_ok=True)
+        rewind_metrics(folder / METRICS, step, last=step == steps)
+    return start
+
+
+def _set_aside(path: Path) -> None:
+    """Under a name that is no checkpoint's, with a number where one of the same step was refused before."""
+    number, target = 1, path.with_name(f"refused-{path.name}")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"refused-{path.name}-{number}")
+    path.rename(target)
+
+
+def _verdict(folder: Path) -> dict[str, Any] | None:
+    """How the last attempt ended; None where it left no word."""
+    path = folder / VERDICT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _record(start: Start, previous: Mapping[str, Any] | None) -> None:
+    path = start.folder / ATTEMPTS
+    number = len(read_lines(path)) if path.is_file() else 0
+    row = {
+        "attempt": number + 1,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "step": start.step,
+        "checkpoint": None if start.checkpoint is None else str(start.checkpoint),
+        "refused": list(start.refused),
+        "previous": None if previous is None else previous.get("message"),
+        "git_commit": versions()["git_commit"],
+    }
+    append_line(path, row)
