@@ -102,6 +102,12 @@ class WindowsDataModule(LightningDataModule):
             "val_windows": len(self.val),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position travels with the loader. Lightning asks for it whenever a checkpoint is written, and
+        none may hold steps on altered data without notice. Raises ShardError where the shards were altered."""
+        self.shards.check_unchanged()
+        return {}
+
     def train_windows(self) -> TokenWindows:
         """Raises ValueError where the text is too short for one window."""
         return TokenWindows(self.shards.train, self.settings.sequence_tokens, self.settings.seed)

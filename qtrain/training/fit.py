@@ -31,7 +31,7 @@ from .settings import PRECISIONS
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
 
-# Of Lightning's warnings, those that do not concern memory-mapped windows.
+# Of Lightning's warnings, those that do not concern windows out of shards.
 _NOT_OURS = (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*srun.*")
 
 
