@@ -23,10 +23,12 @@ from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
+from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
 from .report import print_report, sample_text, summarize
 from .run_folder import FINAL, SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
 from .saved import check_same_run, checkpoint_of
 from .settings import PRECISIONS
+from .strategy import ConnectedProcesses, make_strategy
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
 
@@ -43,11 +45,13 @@ def quiet_lightning() -> None:
 
 
 def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
-    """The Trainer of a run, an evaluation or a sample. more: further arguments of Lightning's Trainer."""
+    """The Trainer of a run, an evaluation or a sample, in one process unless ``more`` says otherwise. more: further
+    arguments of Lightning's Trainer."""
     quiet_lightning()
-    settings = parts.settings
+    settings, device = parts.settings, resolved_device(parts.settings.device)
     arguments = {
-        "accelerator": {"cuda": "gpu", "cpu": "cpu"}[resolved_device(settings.device)],
+        "accelerator": {"cuda": "gpu", "cpu": "cpu"}[device],
+        "devices": 1,
         "precision": PRECISIONS[settings.precision],
         "default_root_dir": folder,
         "plugins": [AtomicCheckpointIO()],
@@ -57,18 +61,22 @@ def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
         "use_distributed_sampler": False,
         "inference_mode": False,  # validation under no_grad, as the compiled graph knows it
         "num_sanity_val_steps": 0,
-        **parts.config["trainer"],
+        **ProcessSettings.others(parts.config["trainer"]),
         "logger": False,
     }
     return Trainer(**{**arguments, **more})
 
 
 def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: list[Callback]) -> Trainer:
-    settings = parts.settings
+    settings, processes = parts.settings, parts.processes
     accumulate = settings.accumulate(parts.world_size)
     return make_trainer(
         parts,
         folder,
+        devices=processes.devices,
+        num_nodes=processes.num_nodes,
+        strategy=make_strategy(processes),
+        plugins=[AtomicCheckpointIO(), ConnectedProcesses()],
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -81,13 +89,14 @@ def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: lis
 
 
 def train(parts: Assembly) -> tuple[Verdict, Path]:
-    """Trains, evaluates and reports. Returns how it ended and the run's folder.
+    """Trains, evaluates and reports. Returns how it ended and the run's folder. Of several processes, which are
+    connected already, all call this; rank 0 alone writes and prints.
 
     Raises ValueError, before anything is trained, for a baseline or a checkpoint that does not fit.
     """
     begun, settings = time.perf_counter(), parts.settings
     reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
-    data = WindowsDataModule(parts, open_shards(parts))
+    data = WindowsDataModule(parts, rank_zero_first(lambda: open_shards(parts)))
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
@@ -96,20 +105,28 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
         resume = checkpoint_of(settings.resume)
         check_same_run(resume, parts.config, data.identity())
     callbacks = [build(c) for c in parts.config["callbacks"].values()]
-    folder = create_run_folder(settings.out, settings.name, settings.run)
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
-    write_json(folder / "versions.json", versions())
-    logger = make_logger(parts.config["logger"], parts.config, folder, settings.name)
+    folder = by_rank_zero(lambda: _new_folder(parts))
+    first = rank() == 0
+    logger = make_logger(parts.config["logger"], parts.config, folder, settings.name) if first else None
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
         verdict = _fit(trainer, module, data, resume)
         if verdict.good:
             _report(parts, trainer, module, data, reference, folder, begun)
-        write_json(folder / VERDICT, verdict.as_dict())
+        if first:
+            write_json(folder / VERDICT, verdict.as_dict())
     finally:
         _close(trainer)
     return verdict, folder
+
+
+def _new_folder(parts: Assembly) -> Path:
+    settings = parts.settings
+    folder = create_run_folder(settings.out, settings.name, settings.run)
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
+    write_json(folder / "versions.json", versions())
+    return folder
 
 
 def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, resume: Path | None) -> Verdict:
@@ -141,6 +158,10 @@ def _report(
     folder: Path,
     begun: float,
 ) -> None:
+    # By all ranks: where the model is sharded, its forward is an act of all
+    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    if rank() != 0:
+        return
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
     trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
@@ -160,7 +181,6 @@ def _report(
         lines[reference.label] = reference.val_loss
     subtitle = f"{describe_knobs(parts.config)}   validation {summary['val_loss']:.4f} nats/token"
     plot_losses(rows, lines, parts.settings.name, subtitle, folder / "loss.png")
-    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
     write_text(folder / "sample.txt", sample)
     summary.update(
         folder=str(folder),
