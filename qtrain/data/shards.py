@@ -237,12 +237,6 @@ class TokenShards:
             ShardSplit(directory, name, manifest.splits[name], manifest.dtype) for name in SPLITS
         )
 
-    def check_unchanged(self) -> None:
-        """Raises ShardError where a shard has another size than when it was prepared."""
-        for split in self.manifest.splits.values():
-            for shard in split.shards:
-                _verify(self.directory / shard.file, shard, "size", "prepare again")
-
     @staticmethod
     def open(directory: str | Path, verify: Literal["sha256", "size"] = "sha256") -> TokenShards:
         """Opens and checks ``directory``.

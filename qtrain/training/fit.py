@@ -9,12 +9,14 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
+
+from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
 from .baselines import ReferenceRun, reference_run, trigram_loss
@@ -24,10 +26,12 @@ from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
+from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
 from .report import print_report, sample_text, summarize
 from .resume import Start, start_run
-from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, versions, write_json, write_text
+from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
 from .settings import PRECISIONS
+from .strategy import ConnectedProcesses, make_strategy
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
 
@@ -44,11 +48,13 @@ def quiet_lightning() -> None:
 
 
 def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
-    """The Trainer of a run, an evaluation or a sample. more: further arguments of Lightning's Trainer."""
+    """The Trainer of a run, an evaluation or a sample, in one process unless ``more`` says otherwise. more: further
+    arguments of Lightning's Trainer."""
     quiet_lightning()
-    settings = parts.settings
+    settings, device = parts.settings, resolved_device(parts.settings.device)
     arguments = {
-        "accelerator": {"cuda": "gpu", "cpu": "cpu"}[resolved_device(settings.device)],
+        "accelerator": {"cuda": "gpu", "cpu": "cpu"}[device],
+        "devices": 1,
         "precision": PRECISIONS[settings.precision],
         "default_root_dir": folder,
         "plugins": [CheckpointWriter()],
@@ -58,18 +64,22 @@ def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
         "use_distributed_sampler": False,
         "inference_mode": False,  # validation under no_grad, as the compiled graph knows it
         "num_sanity_val_steps": 0,
-        **parts.config["trainer"],
+        **ProcessSettings.others(parts.config["trainer"]),
         "logger": False,
     }
     return Trainer(**{**arguments, **more})
 
 
 def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: list[Callback]) -> Trainer:
-    settings = parts.settings
+    settings, processes = parts.settings, parts.processes
     accumulate = settings.accumulate(parts.world_size)
     return make_trainer(
         parts,
         folder,
+        devices=processes.devices,
+        num_nodes=processes.num_nodes,
+        strategy=make_strategy(processes),
+        plugins=[CheckpointWriter(), ConnectedProcesses()],
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -82,26 +92,23 @@ def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: lis
 
 
 def train(parts: Assembly) -> tuple[Verdict, Path]:
-    """Trains, evaluates and reports. Returns how it ended and the run's folder.
+    """Trains, evaluates and reports. Returns how it ended and the run's folder. Of several processes, which are
+    connected already, all call this; rank 0 alone writes and prints.
 
     Raises ValueError, before anything is trained, for a baseline or a checkpoint that does not fit.
     """
     begun, settings = time.perf_counter(), parts.settings
     reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
-    data = WindowsDataModule(parts, open_shards(parts))
+    data = WindowsDataModule(parts, rank_zero_first(lambda: open_shards(parts)))
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
     callbacks = [build(c) for c in parts.config["callbacks"].values()]
-    start = start_run(parts, data.identity())
-    with start.lock:
-        for sentence in start.refused:
-            print(f"refused: {sentence}", file=sys.stderr)
+    with ExitStack() as held:
+        start = by_rank_zero(lambda: start_run(parts, data.identity(), held))
         if start.finished:
             message = f"the run was completed before, at step {start.step}"
             return Verdict(outcome="completed", step=start.step, message=message), start.folder
-        if start.step:
-            print(f"{start.folder} goes on after step {start.step}", file=sys.stderr)
         return _run(parts, data, callbacks, reference, start, begun), start.folder
 
 
@@ -113,17 +120,16 @@ def _run(
     start: Start,
     begun: float,
 ) -> Verdict:
-    folder, config = start.folder, parts.config
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-    write_json(folder / "versions.json", versions())
-    logger = make_logger(config["logger"], config, folder, parts.settings.name)
+    folder, config, first = start.folder, parts.config, rank() == 0
+    logger = make_logger(config["logger"], config, folder, parts.settings.name) if first else None
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
         verdict = _fit(trainer, module, data, start)
         if verdict.good:
             _report(parts, trainer, module, data, reference, start, begun)
-        _write_verdict(folder, verdict)
+        if first:
+            _write_verdict(folder, verdict)
     finally:
         _close(trainer)
     return verdict
@@ -137,6 +143,8 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
             trainer.validate(module, data, verbose=False)
     except RunStopped as stopped:
         return stopped.verdict
+    except ShardError as error:  # cut while they were read
+        return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     return Verdict(outcome="completed", step=step, message=f"completed {step} steps")
 
 
@@ -167,6 +175,10 @@ def _report(
     start: Start,
     begun: float,
 ) -> None:
+    # By all ranks: where the model is sharded, its forward is an act of all
+    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    if rank() != 0:
+        return
     folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
@@ -187,7 +199,6 @@ def _report(
         lines[reference.label] = reference.val_loss
     subtitle = f"{describe_knobs(parts.config)}   validation {summary['val_loss']:.4f} nats/token"
     plot_losses(rows, lines, parts.settings.name, subtitle, folder / "loss.png")
-    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
     write_text(folder / "sample.txt", sample)
     summary.update(
         folder=str(folder),

@@ -33,6 +33,7 @@ from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
 from .assembly import Assembly
 from .identity import plan_of, recipe_digest
+from .processes import summed
 from .run_folder import CENSUS, versions
 
 
@@ -68,7 +69,7 @@ class QuantizedTransformer(LightningModule):
         self.reading: StepReading | None = None
         self.window_losses = torch.empty(0)
         self._losses: list[Tensor] = []
-        self._window_losses: list[Tensor] = []
+        self._window_losses = torch.empty(2, 0)  # losses [n], and whether this rank has seen the window
         self._fresh: StepReading | None = None  # of the step in progress
 
     def configure_model(self) -> None:
@@ -150,17 +151,24 @@ class QuantizedTransformer(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), clip, total)
 
     def on_validation_epoch_start(self) -> None:
-        self._window_losses = []
+        windows = len(self.trainer.datamodule.val)  # type: ignore[attr-defined]
+        self._window_losses = torch.zeros(2, windows, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # The clock stands at step 0 and the windows keep their places: all evaluations of all runs draw alike
-        first = batch_idx * self.settings.micro_batch_sequences
+        place = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        first = place * self.settings.micro_batch_sequences
         self.surgery.clock.set(step=0, token_offset=first * self.settings.sequence_tokens)
         with torch.compiler.set_stance("force_eager"):
-            self._window_losses.append(self.token_losses(batch).mean(1))
+            losses = self.token_losses(batch).mean(1)
+        if first < self._window_losses.shape[1]:  # else a batch that only keeps this rank in step
+            self._window_losses[0, first : first + len(losses)] = losses
+            self._window_losses[1, first : first + len(losses)] = 1
 
     def on_validation_epoch_end(self) -> None:
-        self.window_losses = torch.cat(self._window_losses).cpu()
+        # One rank has each window, the others add zeros
+        losses, seen = summed(self._window_losses)
+        self.window_losses = losses[seen > 0]
 
     @property
     def val_loss(self) -> float:

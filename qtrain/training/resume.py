@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import yaml
 
 from .assembly import Assembly
 from .callbacks.metrics_jsonl import METRICS, rewind_metrics
@@ -32,18 +36,22 @@ from .run_folder import (
     lock_run,
     read_lines,
     versions,
+    write_json,
+    write_text,
 )
 from .saved import checkpoint_of
 
 
+class StartRefused(ValueError):
+    """The run cannot start as it was asked to; nothing was changed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """folder: of the run. checkpoint: what it goes on from, at ``step``; None and 0 for a new run. lock: held while
-    it lives. finished: it was completed before, and nothing is left to do. refused: what newer checkpoints were not
-    taken, and why."""
+    """folder: of the run. checkpoint: what it goes on from, at ``step``; None and 0 for a new run. finished: it was
+    completed before, and nothing is left to do. refused: what newer checkpoints were not taken, and why."""
 
     folder: Path
-    lock: IO[str] = field(repr=False)
     checkpoint: Path | None = None
     step: int = 0
     finished: bool = False
@@ -60,17 +68,31 @@ def own_folder(parts: Assembly) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def start_run(parts: Assembly, data: Mapping[str, Any]) -> Start:
-    """Makes or takes the run's folder. data: the identity of the data that the run will read.
+def start_run(parts: Assembly, data: Mapping[str, Any], held: ExitStack) -> Start:
+    """Makes or takes the run's folder, for one process. data: the identity of the data that the run will read. held:
+    receives the run's lock, which must be held until it ends.
 
-    Raises ValueError (CheckpointError) where there is nothing whole to go on from, where the checkpoint is of another
-    run, and where another process trains it.
+    Raises StartRefused where there is nothing whole to go on from, where the checkpoint is of another run, where
+    another process trains it, and where nothing can be written.
     """
-    settings = parts.settings
     own = own_folder(parts)
-    if own is not None:
-        return _in_place(parts, own, data)
-    checkpoint, step = None, 0
+    try:
+        start = _new(parts, data, held) if own is None else _in_place(parts, own, data, held)
+    except (ValueError, FileExistsError) as error:
+        held.close()
+        raise StartRefused(str(error)) from error
+    if not start.finished:
+        write_text(start.folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
+        write_json(start.folder / "versions.json", versions())
+    for sentence in start.refused:
+        print(f"refused: {sentence}", file=sys.stderr)
+    if start.step and not start.finished:
+        print(f"{start.folder} goes on after step {start.step}", file=sys.stderr)
+    return start
+
+
+def _new(parts: Assembly, data: Mapping[str, Any], held: ExitStack) -> Start:
+    settings, checkpoint, step = parts.settings, None, 0
     if settings.resume is not None and settings.resume != "auto":
         checkpoint = checkpoint_of(settings.resume)
         step = _step_of_same_run(checkpoint, parts, data)
@@ -80,7 +102,8 @@ def start_run(parts: Assembly, data: Mapping[str, Any]) -> Start:
                 "steps"
             )
     folder = create_run_folder(settings.out, settings.name, settings.run)
-    start = Start(folder=folder, lock=lock_run(folder), checkpoint=checkpoint, step=step)
+    held.enter_context(lock_run(folder))
+    start = Start(folder=folder, checkpoint=checkpoint, step=step)
     _record(start, previous=None)
     return start
 
@@ -125,16 +148,8 @@ def _newest(
     return None, 0, []
 
 
-def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any]) -> Start:
-    lock = lock_run(folder)
-    try:
-        return _taken(parts, folder, data, lock)
-    except BaseException:
-        lock.close()
-        raise
-
-
-def _taken(parts: Assembly, folder: Path, data: Mapping[str, Any], lock: IO[str]) -> Start:
+def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: ExitStack) -> Start:
+    held.enter_context(lock_run(folder))
     place, steps = folder / CHECKPOINTS, parts.settings.steps
     if place.is_dir():
         remove_leftovers(place)
@@ -147,14 +162,8 @@ def _taken(parts: Assembly, folder: Path, data: Mapping[str, Any], lock: IO[str]
         _set_aside(path)
     previous = _verdict(folder)
     finished = previous is not None and previous.get("outcome") == "completed" and step == steps
-    start = Start(
-        folder=folder,
-        lock=lock,
-        checkpoint=checkpoint,
-        step=step,
-        finished=finished,
-        refused=tuple(sentence for _, sentence in refused),
-    )
+    sentences = tuple(sentence for _, sentence in refused)
+    start = Start(folder=folder, checkpoint=checkpoint, step=step, finished=finished, refused=sentences)
     if not finished:
         _record(start, previous)
         (folder / VERDICT).unlink(missing_ok=True)

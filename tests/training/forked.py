@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from qtrain import interrupts
-from qtrain.commands.train import VERDICT_EXIT
-from qtrain.training.assembly import assemble
+from qtrain.commands.train import run_rank
 from qtrain.training.callbacks.metrics_jsonl import METRICS
-from qtrain.training.fit import train
 
 PATIENCE_SECONDS = 120.0
 
@@ -42,10 +40,7 @@ def start(config: dict[str, Any], log: Path, prepare: Callable[[], None] = lambd
             signal.signal(signum, signal.SIG_DFL)
         with interrupts.listen():
             prepare()
-            verdict, _ = train(assemble(config))
-            stopped = VERDICT_EXIT if verdict.signal is None else interrupts.exit_code(verdict.signal)
-            code = 0 if verdict.good else stopped
-            print(verdict.message, file=sys.stderr)
+            code = run_rank(config)
     except interrupts.Interrupted as stop:
         print(stop, file=sys.stderr)
         code = interrupts.exit_code(stop.signum)

@@ -13,6 +13,7 @@ from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.checkpoints import MANIFEST, TRAINING, WEIGHTS
 from qtrain.training.fit import train
 from qtrain.training.report import table_rows
+from qtrain.training.resume import StartRefused
 from qtrain.training.saved import checkpoint_of, read_checkpoint
 
 
@@ -89,7 +90,7 @@ def test_checkpoints_hold_plain_containers(finished):
 
 
 def test_a_second_run_of_that_name_is_refused(finished):
-    with pytest.raises(FileExistsError, match="choose another run="):
+    with pytest.raises(StartRefused, match="choose another run="):
         train(assemble(finished[1]))
 
 

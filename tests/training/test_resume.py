@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
-from qtrain.training.checkpoints import WEIGHTS, CheckpointError, checkpoints_in
+from qtrain.training.checkpoints import WEIGHTS, checkpoints_in
 from qtrain.training.fit import train
+from qtrain.training.resume import StartRefused
 from qtrain.training.run_folder import lock_run, read_lines
 from qtrain.training.saved import read_checkpoint
 
@@ -205,7 +206,7 @@ def test_with_no_whole_checkpoint_nothing_is_started_or_changed(whole, configure
     for path in checkpoints_in(folder / "checkpoints"):
         (path / WEIGHTS).write_bytes(b"")
     files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(CheckpointError, match=r"no checkpoint to go on from: .*step-000004.*step-000002"):
+    with pytest.raises(StartRefused, match=r"no checkpoint to go on from: .*step-000004.*step-000002"):
         train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
     assert files == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
