@@ -24,7 +24,7 @@ from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
-from .report import print_report, sample_text, summarize
+from .report import optimizer_state_bytes, print_report, sample_text, summarize
 from .run_folder import FINAL, SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
 from .saved import check_same_run, checkpoint_of
 from .settings import PRECISIONS
@@ -158,8 +158,10 @@ def _report(
     folder: Path,
     begun: float,
 ) -> None:
-    # By all ranks: where the model is sharded, its forward is an act of all
+    # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
     sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    sharded = parts.processes.sharding == "fsdp2"
+    state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
         return
     rows = read_metrics(folder / METRICS)
@@ -173,7 +175,7 @@ def _report(
         tokens_per_byte=data.shards.val.tokens_per_byte,
         trigram=trigram,
         reference=reference,
-        optimizer=trainer.optimizers[0],
+        state_bytes=state_bytes,
         census=json.loads(census.read_text(encoding="utf-8"))["summary"] if census.is_file() else None,
     )
     lines = {} if trigram is None else {"trigram": trigram}
