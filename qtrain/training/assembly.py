@@ -135,6 +135,12 @@ def _check_fit(parts: Assembly) -> None:
             f"{parts.tokenizer.name!r}; set model.vocab_size={vocabulary} or more"
         )
     settings.accumulate(parts.world_size)
+    optimizer = parts.optimizer.target["_target_"]
+    if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
+        raise ValueError(
+            f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
+            "take optimizer=adamw (qtrain.optim.AdamW), or trainer=ddp"
+        )
     tokens = settings.micro_batch_sequences * settings.sequence_tokens
     for recipe in (parts.recipe.linear, *(rule.recipe for rule in parts.recipe.rules)):
         if recipe is not None and recipe.wgrad.transform is not None:

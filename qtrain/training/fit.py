@@ -27,7 +27,7 @@ from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
-from .report import print_report, sample_text, summarize
+from .report import optimizer_state_bytes, print_report, sample_text, summarize
 from .resume import Start, start_run
 from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
 from .settings import PRECISIONS
@@ -175,8 +175,10 @@ def _report(
     start: Start,
     begun: float,
 ) -> None:
-    # By all ranks: where the model is sharded, its forward is an act of all
+    # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
     sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    sharded = parts.processes.sharding == "fsdp2"
+    state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
         return
     folder = start.folder
@@ -191,7 +193,7 @@ def _report(
         tokens_per_byte=data.shards.val.tokens_per_byte,
         trigram=trigram,
         reference=reference,
-        optimizer=trainer.optimizers[0],
+        state_bytes=state_bytes,
         census=json.loads(census.read_text(encoding="utf-8"))["summary"] if census.is_file() else None,
     )
     lines = {} if trigram is None else {"trigram": trigram}

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -35,6 +36,7 @@ from .assembly import Assembly
 from .identity import plan_of, recipe_digest
 from .processes import summed
 from .run_folder import CENSUS, versions
+from .strategy import compile_for, shard
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,17 @@ class QuantizedTransformer(LightningModule):
         self._fresh: StepReading | None = None  # of the step in progress
 
     def configure_model(self) -> None:
-        """Builds, quantizes and compiles; Lightning calls it at the start of every fit and validation."""
+        """Builds, quantizes, compiles and, under FSDP2, shards; Lightning calls it at the start of every fit and
+        validation. Every process draws the whole initial weights before it keeps its rows of them."""
         if hasattr(self, "surgery"):
             return
         model = self.parts.make_model()
         surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
+        mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
-            model.compile()  # in place: parameters keep their names
+            compile_for(model, self.parts.processes.sharding)
+        if mesh is not None:
+            shard(model, mesh["data_parallel"])
         self.model, self.surgery = model, surgery
 
     def configure_optimizers(self) -> Any:
@@ -124,7 +130,8 @@ class QuantizedTransformer(LightningModule):
         """The reading of the step whose gradient is complete; the same one until the next step."""
         if self._fresh is None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            total = torch.nn.utils.get_total_norm(gradients)
+            norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
             loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
             clip = self.parts.optimizer.clip_norm
             self._fresh = StepReading(
