@@ -121,7 +121,9 @@ def _run(
     begun: float,
 ) -> Verdict:
     folder, config, first = start.folder, parts.config, rank() == 0
-    logger = make_logger(config["logger"], config, folder, parts.settings.name) if first else None
+    logger = (
+        make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
+    )
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:

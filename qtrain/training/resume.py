@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ class StartRefused(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """folder: of the run. checkpoint: what it goes on from, at ``step``; None and 0 for a new run. finished: it was
-    completed before, and nothing is left to do. refused: what newer checkpoints were not taken, and why."""
+    completed before, and nothing is left to do. refused: what newer checkpoints were not taken, and why. run_id: the same
+    for all attempts of a run; its name for W&B, where they are one curve."""
 
     folder: Path
     checkpoint: Path | None = None
     step: int = 0
     finished: bool = False
     refused: tuple[str, ...] = ()
+    run_id: str = ""
 
 
 def own_folder(parts: Assembly) -> Path | None:
@@ -103,9 +106,7 @@ def _new(parts: Assembly, data: Mapping[str, Any], held: ExitStack) -> Start:
             )
     folder = create_run_folder(settings.out, settings.name, settings.run)
     held.enter_context(lock_run(folder))
-    start = Start(folder=folder, checkpoint=checkpoint, step=step)
-    _record(start, previous=None)
-    return start
+    return _recorded(Start(folder=folder, checkpoint=checkpoint, step=step), previous=None)
 
 
 def _other_run(
@@ -164,10 +165,11 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
     finished = previous is not None and previous.get("outcome") == "completed" and step == steps
     sentences = tuple(sentence for _, sentence in refused)
     start = Start(folder=folder, checkpoint=checkpoint, step=step, finished=finished, refused=sentences)
-    if not finished:
-        _record(start, previous)
-        (folder / VERDICT).unlink(missing_ok=True)
-        rewind_metrics(folder / METRICS, step, last=step == steps)
+    if finished:
+        return start
+    start = _recorded(start, previous)
+    (folder / VERDICT).unlink(missing_ok=True)
+    rewind_metrics(folder / METRICS, step, last=step == steps)
     return start
 
 
@@ -186,11 +188,14 @@ def _verdict(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _record(start: Start, previous: Mapping[str, Any] | None) -> None:
+def _recorded(start: Start, previous: Mapping[str, Any] | None) -> Start:
+    """``start`` with its run's id, written down as one more attempt. previous: the verdict of the one before."""
     path = start.folder / ATTEMPTS
-    number = len(read_lines(path)) if path.is_file() else 0
+    attempts = read_lines(path) if path.is_file() else []
+    run_id = attempts[0]["run_id"] if attempts else secrets.token_hex(4)
     row = {
-        "attempt": number + 1,
+        "attempt": len(attempts) + 1,
+        "run_id": run_id,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "pid": os.getpid(),
@@ -201,3 +206,4 @@ def _record(start: Start, previous: Mapping[str, Any] | None) -> None:
         "git_commit": versions()["git_commit"],
     }
     append_line(path, row)
+    return replace(start, run_id=run_id)
