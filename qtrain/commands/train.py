@@ -87,6 +87,7 @@ def run(cfg: DictConfig) -> int:
 
 def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    from qtrain.data.shards import ShardError
     from qtrain.interrupts import Interrupted
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.fit import train
@@ -97,7 +98,7 @@ def run_rank(config: dict[str, Any]) -> int:
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
-    except StartRefused as error:
+    except (StartRefused, ShardError) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -182,12 +183,10 @@ class QuantizedTransformer(LightningModule):
         """Nats per token over all windows of the last validation."""
         return float(self.window_losses.double().mean())
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the run is, and puts Lightning's counters to the last complete step, wherever in its loops they
-        stand: its gradient was applied, that of the micro-batches since was not."""
-        step = self.trainer.global_step
+    def _set_counters(self, loops: dict[str, Any], step: int) -> None:
+        """Puts Lightning's counters to the complete step, in micro-batches of this run."""
         batches = step * self.accumulate
-        fit = checkpoint["loops"]["fit_loop"]
+        fit = loops["fit_loop"]
         for scope in ("total", "current"):
             # As when saved in on_train_batch_end, before Lightning counts the batch as completed
             fit["epoch_loop.batch_progress"][scope].update(
@@ -197,6 +196,17 @@ class QuantizedTransformer(LightningModule):
                 ready=0, started=0, processed=0, completed=0
             )
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A step may be made of other micro-batches, by more or fewer processes, than when it was saved."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._set_counters(checkpoint["loops"], checkpoint["qtrain"]["step"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the run is, and counts to the last complete step, wherever in its loops Lightning stands: its
+        gradient was applied, that of the micro-batches since was not."""
+        step = self.trainer.global_step
+        self._set_counters(checkpoint["loops"], step)
         census = Path(self.trainer.default_root_dir) / CENSUS
         checkpoint["qtrain"] = {
             "step": step,

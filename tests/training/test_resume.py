@@ -273,6 +273,20 @@ def test_a_checkpoint_says_what_the_run_was(whole):
     assert len(facts["recipe_sha256"]) == 64
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_step_may_be_made_of_other_micro_batches(whole, configure, tmp_path, micro):
+    """Saved when a step was one micro-batch; validations come at the same steps, and losses agree to the rounding of
+    their sums."""
+    folder = copied(whole, tmp_path, latest=4)
+    verdict, _ = train(assemble(configure(tmp_path, *SMALL, *AGAIN, f"micro_batch_sequences={micro}")))
+    assert verdict.good
+    mine, theirs = curve(folder), curve(whole)
+    assert [(r["kind"], r["step"]) for r in mine] == [(r["kind"], r["step"]) for r in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        key = "loss" if a["kind"] == "train" else "val_loss"
+        assert a[key] == pytest.approx(b[key], rel=5e-3)  # bfloat16, and codes near a threshold
+
+
 def test_clocks_that_jump_change_nothing(whole, configure, tmp_path, monkeypatch):
     """The time of day goes back and forth by years between any two looks at it."""
     now, looks = time.time, [0]

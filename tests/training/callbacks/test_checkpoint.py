@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 
+import forked_run as forked
 import pytest
 import torch
 
@@ -22,7 +23,6 @@ from qtrain.training.checkpoints import checkpoints_in, load_checkpoint, verify
 from qtrain.training.fit import train
 from qtrain.training.run_folder import create_run_folder
 
-from .. import forked
 from ..same_run import assert_same, curve
 
 TINY = ["steps=9", "eval_every_steps=4", "~callbacks.census"]

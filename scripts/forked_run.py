@@ -1,5 +1,8 @@
-"""A run in a child process, as the command trains it, to be signalled and killed. Forked, since importing torch anew
-takes seconds; the parent has to compute on one thread (a forked child inherits no thread)."""
+"""A run in a child process, as the command trains it, to be signalled and killed: for ``inject_faults.py`` and tests.
+
+Forked, since importing torch anew takes seconds; the parent has to compute on one thread (a forked child inherits no
+other).
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,15 @@ from qtrain.training.callbacks.metrics_jsonl import METRICS
 PATIENCE_SECONDS = 120.0
 
 
-def start(config: dict[str, Any], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Forks a child that trains ``config``, its output appended to ``log``. prepare: called in the child first.
-    Returns its pid."""
-    assert torch.get_num_threads() == 1, "run the tests with OMP_NUM_THREADS=1"
+def start(
+    config: dict[str, Any],
+    log: Path,
+    prepare: Callable[[], None] = lambda: None,
+    train: Callable[[dict[str, Any]], int] = run_rank,
+) -> int:
+    """Forks a child that trains ``config``, its output appended to ``log``. prepare: called in the child first. train:
+    config -> exit code. Returns its pid."""
+    assert torch.get_num_threads() == 1, "set OMP_NUM_THREADS=1"
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -40,7 +48,7 @@ def start(config: dict[str, Any], log: Path, prepare: Callable[[], None] = lambd
             signal.signal(signum, signal.SIG_DFL)
         with interrupts.listen():
             prepare()
-            code = run_rank(config)
+            code = train(config)
     except interrupts.Interrupted as stop:
         print(stop, file=sys.stderr)
         code = interrupts.exit_code(stop.signum)
