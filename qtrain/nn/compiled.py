@@ -100,6 +100,12 @@ class CompiledComparison:
         }
 
 
+def _number(scalar: Tensor) -> float:
+    """Of a sharded tensor's sum: over all processes, all of which ask for it."""
+    whole = scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar
+    return float(whole)
+
+
 def _json(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
@@ -138,8 +144,8 @@ def compare_compiled(
         if name not in eager:
             continue  # a tied weight goes by its first name, and a frozen one has no gradient
         move = (eager[name] - plain[name]).to(torch.float64)
-        dot = float(((compiled[name] - plain[name]).to(torch.float64) * move).sum())
-        square = float(move.square().sum())
+        dot = _number(((compiled[name] - plain[name]).to(torch.float64) * move).sum())
+        square = _number(move.square().sum())
         gains[name] = dot / square if square else math.nan
         dots, squares = dots + dot, squares + square
     nothing = math.nan if quantized else 1.0

@@ -256,17 +256,18 @@ def observe_layer(name: str, recipe: LinearRecipe, probe: LayerProbe) -> list[Ob
 
 
 def _observe_call(name: str, layer: nn.Linear, recipe: LinearRecipe, call: Call) -> list[Observation]:
-    x, y, g = call.matrix("x"), call.matrix("y"), call.matrix("g")
+    x, weight, y, g = (call.matrix(edge) for edge in ("x", "weight", "y", "g"))
     assert x is not None
+    assert weight is not None
     assert y is not None
-    weight = layer.weight.detach().to(torch.float32)
     # Not the layer's own clock and stream: its bits are those of the report's clock and of its name
     gemms = linear_oracle(recipe, Draws(call.counters, stream_id(name)), x, weight, g)
     exact = {"y": x @ weight.t()}
     if g is not None:
         exact |= {"dx": g @ weight, "dW": g.t() @ x}
     nothing = weight.new_zeros(())
-    bias = nothing if layer.bias is None else layer.bias.detach().to(torch.float32)
+    entered_bias = call.matrix("bias")
+    bias = nothing if entered_bias is None else entered_bias
     needed = {"fprop": True, "dgrad": call.needs_dx, "wgrad": layer.weight.requires_grad}
     observations = []
     for (gemm_name, gemm), result in zip(gemms.items(), ("y", "dx", "dW"), strict=False):

@@ -53,7 +53,9 @@ class Watch(TorchDispatchMode):
 @dataclass
 class Call:
     """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, as
-    the layer was entered. needs_dx: whether its input asks for a gradient."""
+    the layer was entered. needs_dx: whether its input asks for a gradient.
+
+    Parameters are those that the layer was entered with: where they are sharded, it is whole only then."""
 
     counters: Tensor
     needs_dx: bool
@@ -62,7 +64,7 @@ class Call:
     backward: list[Product] = field(default_factory=list)
 
     def matrix(self, name: str) -> Tensor | None:
-        """x, y, g, dx [T, .], dW [O, I] or db [1, O] in float32, None where it was not seen."""
+        """x, y, g, dx [T, .], weight, dW [O, I], bias or db [1, O] in float32, None where it was not seen."""
         tensor = self.edges.get(name)
         return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
 
@@ -101,6 +103,7 @@ class LayerProbe:
         for name, gradient in (("weight", "dW"), ("bias", "db")):
             parameter = module._parameters.get(name)
             if parameter is not None:
+                call.edges[name] = parameter.detach().clone()
                 module._parameters[name] = self._alias(call, parameter, gradient)  # type: ignore[assignment]
         entering[key] = self._alias(call, x, "dx")
         self.watch.start(call.forward)

@@ -25,6 +25,7 @@ from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
+from .processes import ProcessSettings
 from .settings import RunSettings
 
 # What the optimizer's mapping holds beside the arguments of its class.
@@ -103,10 +104,13 @@ class Assembly:
     source: TextSource
 
     @property
+    def processes(self) -> ProcessSettings:
+        return ProcessSettings.of(self.config["trainer"])
+
+    @property
     def world_size(self) -> int:
         """Processes of the run, as the trainer's configuration says."""
-        trainer = self.config["trainer"]
-        return int(trainer["devices"]) * int(trainer["num_nodes"])
+        return self.processes.world_size
 
     def make_model(self) -> nn.Module:
         """The model with its initial weights, in high precision."""
@@ -131,6 +135,12 @@ def _check_fit(parts: Assembly) -> None:
             f"{parts.tokenizer.name!r}; set model.vocab_size={vocabulary} or more"
         )
     settings.accumulate(parts.world_size)
+    optimizer = parts.optimizer.target["_target_"]
+    if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
+        raise ValueError(
+            f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
+            "take optimizer=adamw (qtrain.optim.AdamW), or trainer=ddp"
+        )
     tokens = settings.micro_batch_sequences * settings.sequence_tokens
     for recipe in (parts.recipe.linear, *(rule.recipe for rule in parts.recipe.rules)):
         if recipe is not None and recipe.wgrad.transform is not None:
@@ -155,6 +165,20 @@ def resolved_device(device: str) -> str:
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _settings(config: Mapping[str, Any]) -> RunSettings:
+    """A micro-batch that is left open is the whole share of a process in a step."""
+    if config["micro_batch_sequences"] is not None:
+        return RunSettings.of(config)
+    batch, processes = config["batch_sequences"], ProcessSettings.of(config["trainer"]).world_size
+    if isinstance(batch, int) and batch % processes:
+        raise ValueError(
+            f"batch_sequences={batch} cannot be shared by {processes} processes (trainer.devices * "
+            f"trainer.num_nodes); take batch_sequences={max(1, batch // processes) * processes}"
+        )
+    share = batch // processes if isinstance(batch, int) else batch
+    return RunSettings.of({**config, "micro_batch_sequences": share})
+
+
 def assemble(config: Mapping[str, Any]) -> Assembly:
     """The parts of the run that ``config`` describes, checked alone and against each other.
 
@@ -168,7 +192,7 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
         )
     parts = Assembly(
         config=config,
-        settings=RunSettings.of(config),
+        settings=_settings(config),
         model_config=build(config["model"]),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),

@@ -102,12 +102,6 @@ class WindowsDataModule(LightningDataModule):
             "val_windows": len(self.val),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position travels with the loader. Lightning asks for it whenever a checkpoint is written, and
-        none may hold steps on altered data without notice. Raises ShardError where the shards were altered."""
-        self.shards.check_unchanged()
-        return {}
-
     def train_windows(self) -> TokenWindows:
         """Raises ValueError where the text is too short for one window."""
         return TokenWindows(self.shards.train, self.settings.sequence_tokens, self.settings.seed)
@@ -128,4 +122,12 @@ class WindowsDataModule(LightningDataModule):
         return StreamLoader(self.train_windows(), sampler, lambda: trainer.global_step)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.val, batch_size=self.settings.micro_batch_sequences, shuffle=False)
+        """Of the batches that one process would take, in order, every world-size-th. All ranks take as many: one
+        without a batch left takes the last one again, whose losses ``QuantizedTransformer`` then leaves out."""
+        assert self.trainer is not None
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        batch = self.settings.micro_batch_sequences
+        batches = [list(range(i, min(i + batch, len(self.val)))) for i in range(0, len(self.val), batch)]
+        rounds = -(-len(batches) // world_size)
+        mine = [batches[min(i * world_size + rank, len(batches) - 1)] for i in range(rounds)]
+        return DataLoader(self.val, batch_sampler=mine)

@@ -16,13 +16,16 @@ B sequences of a micro-batch, S tokens of a sequence, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,7 +33,10 @@ from qtrain.data.stream import mix_words
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
 from .assembly import Assembly
-from .run_folder import versions
+from .identity import plan_of, recipe_digest
+from .processes import summed
+from .run_folder import CENSUS, versions
+from .strategy import compile_for, shard
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,21 @@ class QuantizedTransformer(LightningModule):
         self.reading: StepReading | None = None
         self.window_losses = torch.empty(0)
         self._losses: list[Tensor] = []
-        self._window_losses: list[Tensor] = []
+        self._window_losses = torch.empty(2, 0)  # losses [n], and whether this rank has seen the window
         self._fresh: StepReading | None = None  # of the step in progress
 
     def configure_model(self) -> None:
-        """Builds, quantizes and compiles; Lightning calls it at the start of every fit and validation."""
+        """Builds, quantizes, compiles and, under FSDP2, shards; Lightning calls it at the start of every fit and
+        validation. Every process draws the whole initial weights before it keeps its rows of them."""
         if hasattr(self, "surgery"):
             return
         model = self.parts.make_model()
         surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
+        mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
-            model.compile()  # in place: parameters keep their names
+            compile_for(model, self.parts.processes.sharding)
+        if mesh is not None:
+            shard(model, mesh["data_parallel"])
         self.model, self.surgery = model, surgery
 
     def configure_optimizers(self) -> Any:
@@ -120,7 +130,8 @@ class QuantizedTransformer(LightningModule):
         """The reading of the step whose gradient is complete; the same one until the next step."""
         if self._fresh is None:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            total = torch.nn.utils.get_total_norm(gradients)
+            norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
             loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
             clip = self.parts.optimizer.clip_norm
             self._fresh = StepReading(
@@ -147,17 +158,24 @@ class QuantizedTransformer(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), clip, total)
 
     def on_validation_epoch_start(self) -> None:
-        self._window_losses = []
+        windows = len(self.trainer.datamodule.val)  # type: ignore[attr-defined]
+        self._window_losses = torch.zeros(2, windows, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # The clock stands at step 0 and the windows keep their places: all evaluations of all runs draw alike
-        first = batch_idx * self.settings.micro_batch_sequences
+        place = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        first = place * self.settings.micro_batch_sequences
         self.surgery.clock.set(step=0, token_offset=first * self.settings.sequence_tokens)
         with torch.compiler.set_stance("force_eager"):
-            self._window_losses.append(self.token_losses(batch).mean(1))
+            losses = self.token_losses(batch).mean(1)
+        if first < self._window_losses.shape[1]:  # else a batch that only keeps this rank in step
+            self._window_losses[0, first : first + len(losses)] = losses
+            self._window_losses[1, first : first + len(losses)] = 1
 
     def on_validation_epoch_end(self) -> None:
-        self.window_losses = torch.cat(self._window_losses).cpu()
+        # One rank has each window, the others add zeros
+        losses, seen = summed(self._window_losses)
+        self.window_losses = losses[seen > 0]
 
     @property
     def val_loss(self) -> float:
@@ -165,17 +183,31 @@ class QuantizedTransformer(LightningModule):
         return float(self.window_losses.double().mean())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the run was, and puts Lightning's counters to the last complete step: its gradient was
-        applied, that of the micro-batches since was not."""
-        batches = self.trainer.global_step * self.accumulate
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        """Adds what the run is, and puts Lightning's counters to the last complete step, wherever in its loops they
+        stand: its gradient was applied, that of the micro-batches since was not."""
+        step = self.trainer.global_step
+        batches = step * self.accumulate
+        fit = checkpoint["loops"]["fit_loop"]
         for scope in ("total", "current"):
-            progress[scope].update(ready=batches, started=batches, processed=batches)
             # As when saved in on_train_batch_end, before Lightning counts the batch as completed
-            progress[scope]["completed"] = max(batches - 1, 0)
+            fit["epoch_loop.batch_progress"][scope].update(
+                ready=batches, started=batches, processed=batches, completed=max(batches - 1, 0)
+            )
+            fit["epoch_loop.val_loop.batch_progress"][scope].update(
+                ready=0, started=0, processed=0, completed=0
+            )
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+        census = Path(self.trainer.default_root_dir) / CENSUS
         checkpoint["qtrain"] = {
-            "step": self.trainer.global_step,
-            "tokens": self.trainer.global_step * self.settings.step_tokens,
+            "step": step,
+            "tokens": step * self.settings.step_tokens,
+            "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            "recipe_sha256": recipe_digest(self.parts.recipe),
+            "plan": plan_of(self.surgery, self.parts.recipe),
+            "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,
+            # Their whole state: bits and masks are functions of (seed, step, place in the batch)
+            "random": {"seed": self.settings.seed, "step": step},
+            "processes": self.trainer.world_size,
             "versions": versions(),
         }

@@ -17,6 +17,7 @@ from qtrain.optim import AdamW
 from .baselines import ReferenceRun
 from .callbacks.metrics_jsonl import bits_per_byte
 from .module import QuantizedTransformer
+from .processes import summed
 from .settings import SampleSettings
 
 # The training loss reported is the mean over the last part of the run: a single step is noise.
@@ -68,10 +69,11 @@ def summarize(
     tokens_per_byte: float,
     trigram: float | None,
     reference: ReferenceRun | None,
-    optimizer: Any,
+    state_bytes: Mapping[str, int] | None,
     census: str | None,
 ) -> dict[str, Any]:
-    """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token."""
+    """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token. state_bytes: from
+    ``optimizer_state_bytes``."""
     train = [r for r in rows if r["kind"] == "train"]
     last = train[-max(1, round(LAST_SHARE * len(train))) :]
     val, train_loss = module.val_loss, statistics.fmean(r["loss"] for r in last)
@@ -90,19 +92,24 @@ def summarize(
         "clip_share": statistics.fmean(r["clipped"] for r in train),
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "quantized_fraction": module.surgery.quantized_fraction,
-        "optimizer_state_bytes": _state_bytes(optimizer),
+        "optimizer_state_bytes": state_bytes,
         "census": census,
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
         "data": dict(data),
     }
 
 
-def _state_bytes(optimizer: Any) -> dict[str, int] | None:
-    """Bytes held, and what float32 would take; None for optimizers that do not say."""
+def optimizer_state_bytes(optimizer: Any, *, sharded: bool) -> dict[str, int] | None:
+    """Bytes held, and what float32 would take; None for optimizers that do not say. sharded: whether every process
+    holds a part; all of them then call this, and it is the sum."""
     if not isinstance(optimizer, AdamW):
         return None
     held = optimizer.state_bytes()
-    return {"total": held["total"], "as_float32": held["as_float32"]}
+    found = {name: held[name] for name in ("total", "as_float32")}
+    if not sharded:
+        return found
+    totals = summed(torch.tensor(list(found.values()), dtype=torch.int64))
+    return dict(zip(found, totals.tolist(), strict=True))
 
 
 def _megabytes(count: int) -> str:

@@ -80,6 +80,8 @@ def test_a_call_shows_its_edges_and_products() -> None:
     g = torch.full((2, 2), 3.0)
     expected = {
         "x": x,
+        "weight": layer.weight,
+        "bias": layer.bias,
         "y": x @ layer.weight.t() + layer.bias,
         "g": g,
         "dx": g @ layer.weight,
@@ -108,6 +110,19 @@ def test_counters_are_those_of_the_moment() -> None:
     assert [call.counters.tolist() for call in probe.calls] == [[1, 2, 3], [1, 9, 3]]
 
 
+def test_parameters_are_those_of_the_moment() -> None:
+    """Where they are sharded they are whole in the forward only, and their memory is used again."""
+    layer, watch = nn.Linear(4, 2), Watch()
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    probe = LayerProbe(layer, COUNTERS, watch)
+    layer(torch.ones(2, 4))
+    probe.remove()
+    layer.weight.data.zero_()
+    layer.bias.data.zero_()
+    assert torch.equal(probe.calls[0].edges["weight"], weight)
+    assert torch.equal(probe.calls[0].edges["bias"], bias)
+
+
 def test_inputs_without_gradient_ask_for_none() -> None:
     (call,) = probed(nn.Linear(4, 2), torch.randn(2, 4)).calls
     assert not call.needs_dx
@@ -118,7 +133,7 @@ def test_inputs_without_gradient_ask_for_none() -> None:
         layer(torch.ones(2, 4, requires_grad=True))
     probe.remove()
     assert not probe.calls[0].needs_dx
-    assert probe.calls[0].edges.keys() == {"x", "y"}
+    assert probe.calls[0].edges.keys() == {"x", "weight", "bias", "y"}
 
 
 def test_two_readers_of_one_tensor_are_told_apart() -> None:

@@ -16,6 +16,7 @@ from qtrain.training.callbacks.checkpoint import Checkpoints
 from qtrain.training.datamodule import StreamLoader, WindowsDataModule, _WholeRun, open_shards
 from qtrain.training.fit import make_trainer
 from qtrain.training.module import QuantizedTransformer
+from qtrain.training.verdict import RunStopped
 
 
 def loaders(windows, sizes, max_steps, position, state=None):
@@ -104,10 +105,11 @@ def alter(folder: Path) -> None:
 def test_no_checkpoint_records_steps_on_altered_data(configure, tmp_path):
     train, checkpoints = trained(configure, tmp_path, alter)
     with pytest.raises(
-        ShardError, match=r"train-00000\.bin was altered while the run read it; go back to a checkpoi"
-    ):
+        RunStopped, match=r"train-00000\.bin was altered while the run read it; go back to a checkpoi"
+    ) as stopped:
         train()
-    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-000001.ckpt"]
+    assert stopped.value.verdict.outcome == "data_changed"
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-000001"]
 
 
 def test_truncated_data_end_the_run_with_a_message(configure, tmp_path):
@@ -115,9 +117,9 @@ def test_truncated_data_end_the_run_with_a_message(configure, tmp_path):
         os.truncate(folder / "train-00000.bin", 100)
 
     train, checkpoints = trained(configure, tmp_path, truncate)
-    with pytest.raises(ShardError, match=r"train-00000\.bin (ends early|was altered)"):
+    with pytest.raises((ShardError, RunStopped), match=r"train-00000\.bin (ends early|was altered)"):
         train()
-    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-000001.ckpt"]
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-000001"]
 
 
 def test_touched_or_removed_data_change_nothing(configure, tmp_path):
@@ -127,5 +129,5 @@ def test_touched_or_removed_data_change_nothing(configure, tmp_path):
 
     train, checkpoints = trained(configure, tmp_path, touch)
     train()
-    assert sorted(p.name for p in checkpoints.iterdir())[-1] == "step-000003.ckpt"
+    assert sorted(p.name for p in checkpoints.iterdir())[-1] == "step-000004"
     assert len(list(checkpoints.iterdir())) == 4

@@ -2,7 +2,8 @@
 
 One eager probe step on the run's first micro-batch, in the run's precision, held to the recipe; then, where the
 model is compiled, the compiled step's loss and gradients against the eager ones. A failure ends the run: its
-results would be those of another recipe.
+results would be those of another recipe. Of several processes each takes the census of itself, on the same
+micro-batch; rank 0's is written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from qtrain.nn.census import take_census
 from qtrain.nn.compiled import compare_compiled
 
 from ..module import QuantizedTransformer
-from ..run_folder import write_json, write_text
+from ..processes import any_rank
+from ..run_folder import CENSUS, write_json, write_text
 from ..verdict import RunStopped, Verdict
 
-CENSUS, SURGERY = "census.json", "surgery.txt"
+SURGERY = "surgery.txt"
 
 
 class CensusAtStart(Callback):
@@ -31,7 +33,8 @@ class CensusAtStart(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         assert isinstance(pl_module, QuantizedTransformer)
         model, surgery, folder = pl_module.model, pl_module.surgery, Path(trainer.default_root_dir)
-        write_text(folder / SURGERY, str(surgery))
+        if trainer.is_global_zero:
+            write_text(folder / SURGERY, str(surgery))
         probe = _probe(trainer, pl_module)
         dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         if dropping:
@@ -48,13 +51,15 @@ class CensusAtStart(Callback):
         finally:
             if dropping:
                 model.train()
-        write_json(folder / CENSUS, {"summary": summary, "failures": failures, **found})
-        if failures:
+        if trainer.is_global_zero:
+            write_json(folder / CENSUS, {"summary": summary, "failures": failures, **found})
+        if any_rank(bool(failures)):
+            shown = "; ".join(failures[:5]) or "another rank of this run says so"
             raise RunStopped(
                 Verdict(
                     outcome="census_failed",
                     step=trainer.global_step,
-                    message="what runs is not what was configured: " + "; ".join(failures[:5]),
+                    message=f"what runs is not what was configured: {shown}",
                 )
             )
 
