@@ -137,6 +137,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _command(name: str, rest: list[str]) -> int:
+    from qtrain.hydra_section import check_primary
     from qtrain.overrides import Overrides, UserError
 
     module = importlib.import_module(ENTRIES[name][0])
@@ -153,6 +154,7 @@ def _command(name: str, rest: list[str]) -> int:
         raise UserError(f"--config-dir {options.config_dir}: no such folder")
     words = _overrides(module, name, options.overrides + unknown)
     with _hydra(name, options.config_dir) as hydra:
+        check_primary(hydra.config_loader, module.CONFIG, options.allow_target)
         checks = Overrides(hydra.config_loader, module.CONFIG, words)
         if options.help:
             print(_command_help(name, module, checks))
@@ -160,7 +162,8 @@ def _command(name: str, rest: list[str]) -> int:
         if options.cfg:
             return _print_config(checks, options.multirun)
         _check_all(module, checks, options.multirun, options.allow_target)
-        return _launch(hydra, name, module, words, checks, options.multirun)
+        job = functools.partial(_job, ENTRIES[name][0], tuple(options.allow_target))
+        return _launch(hydra, job, module.CONFIG, words, checks, options.multirun)
 
 
 def _overrides(module: ModuleType, name: str, words: list[str]) -> list[str]:
@@ -204,6 +207,7 @@ def _hydra(name: str, users_configs: str | None) -> Iterator[Any]:
 
 def _check_all(module: ModuleType, checks: Overrides, multirun: bool, allowed: Sequence[str]) -> None:
     """Every run of the command line, before the first one starts. Raises UserError."""
+    from qtrain.hydra_section import check_hydra, is_typed
     from qtrain.overrides import UserError, reason, resolved
     from qtrain.targets import check_targets
 
@@ -213,7 +217,9 @@ def _check_all(module: ModuleType, checks: Overrides, multirun: bool, allowed: S
         config = checks.compose(overrides)
         _as_job(config, i)
         check_targets(resolved(config), allowed)
-        check_targets({"hydra": _hydra_container(config)}, allowed)
+        check_hydra(config.hydra, allowed, checks.overrides)
+        if config.get("allow_targets") and not is_typed("allow_targets", checks.overrides):
+            raise UserError("allow_targets: what is trusted is said on the command line, not in a config")
         composed.append(config)
     for overrides, config in zip(runs, composed, strict=True):
         _set_hydra_config(config)
@@ -235,14 +241,6 @@ def _is_users(error: BaseException) -> bool:
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     return isinstance(error, ValueError | TypeError | InstantiationException | OmegaConfBaseException)
-
-
-def _hydra_container(config: DictConfig) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    container = OmegaConf.to_container(config.hydra, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
 
 def _as_job(config: DictConfig, number: int) -> None:
@@ -274,10 +272,16 @@ def _task_config(config: DictConfig) -> DictConfig:
     return task
 
 
-def _job(module_name: str, config: DictConfig) -> int:
+def _job(module_name: str, allowed: Sequence[str], config: DictConfig) -> int:
     """One run; a plain function of the module, so that launchers can send it to other machines."""
+    from qtrain.overrides import literal, resolved
+    from qtrain.targets import check_targets
+
     try:
         with interrupts.listen():  # a launcher may have brought it to a process of its own
+            # Once more, and for good: ${now:...} and what a launcher sets may have given something else before
+            config = literal(config)
+            check_targets(resolved(config), allowed)
             return importlib.import_module(module_name).run(config)
     except Exception:
         # Now, since a sweep raises the first failure only, and that when all runs are done
@@ -286,12 +290,11 @@ def _job(module_name: str, config: DictConfig) -> int:
 
 
 def _launch(
-    hydra: Any, name: str, module: ModuleType, words: list[str], checks: Overrides, multirun: bool
+    hydra: Any, job: Any, config_name: str, words: list[str], checks: Overrides, multirun: bool
 ) -> int:
-    job = functools.partial(_job, ENTRIES[name][0])
     if not multirun:
-        return hydra.run(module.CONFIG, job, [*words, "hydra.mode=RUN"]).return_value
-    batches = hydra.multirun(module.CONFIG, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
+        return hydra.run(config_name, job, [*words, "hydra.mode=RUN"]).return_value
+    batches = hydra.multirun(config_name, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
     worst = 0
     for number, run in enumerate(run for batch in batches or [] for run in batch):
         if run.return_value:

@@ -271,3 +271,25 @@ def resolved(config: DictConfig) -> dict[str, Any]:
         raise UserError("\n".join(f"{key} has no value and no default: give {key}=..." for key in missing))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def literal(config: DictConfig) -> DictConfig:
+    """The command's part of a config with every interpolation replaced by its value of this moment: what is checked
+    is then what is used. Raises UserError for what is missing, or would be read as something else."""
+    values = resolved(config)
+    fixed = OmegaConf.create(_escaped(values))
+    if repr(OmegaConf.to_container(fixed, resolve=True)) != repr(values):
+        raise UserError(
+            "a value of the config is neither text nor number nor list nor mapping; write it plainly"
+        )
+    OmegaConf.set_struct(fixed, True)
+    return fixed
+
+
+def _escaped(value: Any) -> Any:
+    """``${`` in texts becomes ``\\${``, and backslashes before it are doubled: no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

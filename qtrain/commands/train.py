@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 CONFIG = "train"
 # Exit status of a run that ended with a verdict instead of a result: not an error of the program.
 VERDICT_EXIT = 3
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(^|_)(PASS|PAT|AUTH))$", re.IGNORECASE
+)
 # Shorter values would be found in ordinary words and numbers.
 _SECRET_CHARACTERS = 8
 
