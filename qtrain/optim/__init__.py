@@ -8,6 +8,7 @@ scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, CosineSchedule(warmup_s
 from .adamw import AdamW
 from .groups import parameter_groups
 from .schedules import ConstantSchedule, CosineSchedule, WSDSchedule
+from .sharding import check_shardable
 from .states import AdamStateRecipe
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "WSDSchedule",
+    "check_shardable",
     "parameter_groups",
 ]

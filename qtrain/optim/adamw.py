@@ -8,6 +8,10 @@ The update uses m_t and v_t as computed, before they are stored: quantization ac
 remembers. All of it is float32; a bfloat16 weight is updated in float32 and rounded to nearest. Rows are
 processed in chunks, so that the decoded moments of a large matrix never exist at once.
 
+Parameters that ``fully_shard`` cut along dim 0 keep the states of their rows, in plain tensors. Every element is
+what one process would hold given the same gradients, and ``full_state_dict`` is what it would save: a checkpoint
+knows nothing of the number of processes (``sharding.py``).
+
 With float32 states the arithmetic is that of ``torch.optim.AdamW(foreach=False)``, operation by operation, and
 so are the bits. Differs from it: states are float32 for bfloat16 weights too.
 """
@@ -22,8 +26,9 @@ from qtrain_kernels.counter_hash import random_bits, stream_id, uniform
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .loading import matched_groups, matched_state
-from .states import KINDS, AdamStateRecipe, Rows, StateLayout
+from .loading import ELSEWHERE, matched_groups, matched_state, refuse_empty
+from .sharding import RowShard, check_one_mesh, is_dtensor, local, local_gradient, row_shard
+from .states import KINDS, AdamStateRecipe, Rows, StateLayout, held_by_rows
 
 # Elements worked on at once: on a CPU, 1 MiB a float32 temporary (measured best of 2^14 to 2^20); elsewhere
 # 64 MiB each, few enough launches.
@@ -56,7 +61,7 @@ def _numbers(group: Mapping[str, Any], step: float) -> _Step:
 
 
 def _chunks(p: Tensor, by_rows: bool) -> Iterator[tuple[int, Rows]]:
-    """(index of the first row, rows) that cover p along dim 0."""
+    """(index of the first row, rows) that cover the local tensor p along dim 0."""
     chunk = CPU_CHUNK if p.device.type == "cpu" else DEVICE_CHUNK
     if not by_rows or p.dim() == 0 or p.numel() <= chunk:
         yield 0, ...
@@ -94,9 +99,13 @@ class AdamW(Optimizer):
     gradient. weight_decay: decoupled; a step multiplies weights by 1 - lr * weight_decay.
     states: an AdamStateRecipe or a mapping of its fields; None keeps float32. seed: of stochastic rounding.
 
-    Parameters are float32 or bfloat16. Missing gradients are skipped, non-finite ones propagate (all of a
-    quantization block is then non-finite for good: guard the gradient before the step). Raises ValueError for hyperparameters out of range and for other
-    dtypes, sharded tensors and unknown states; RuntimeError for sparse gradients.
+    Parameters are float32 or bfloat16, whole or DTensors with placement Shard(0) or Replicate() on a mesh of one
+    dimension. Missing gradients are skipped, non-finite ones propagate (all of a quantization block is then
+    non-finite for good: guard the gradient before the step). Under sharding a gradient is missing on all processes
+    or on none; ``state``, ``state_dict()``, ``decode_states`` and ``state_bytes`` are of the local rows.
+
+    Raises ValueError for hyperparameters out of range and for other dtypes, other placements, states that cannot be
+    sharded exactly and unknown states; RuntimeError for sparse gradients.
     """
 
     def __init__(
@@ -146,10 +155,9 @@ class AdamW(Optimizer):
                     f"{self._name(p)} is {p.dtype}: AdamW takes float32 and bfloat16 parameters; convert the "
                     "model with .float() or .bfloat16()"
                 )
-            if hasattr(p, "placements"):
-                raise ValueError(
-                    f"{self._name(p)} is a sharded DTensor, which AdamW does not take; give it replicated parameters"
-                )
+            if is_dtensor(p) and row_shard(self._name(p), p).mesh is not None:
+                for layout in self._layouts(p, group):
+                    layout.check_sharded(self._name(p))
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) in the order of the state dict; unnamed ones are ``parameter <index>``."""
@@ -164,11 +172,18 @@ class AdamW(Optimizer):
         return next(name for name, q, _ in self._named_parameters() if q is p)
 
     def _layouts(self, p: Tensor, group: Mapping[str, Any]) -> tuple[StateLayout, StateLayout]:
+        """Of the whole parameter: the shape of a DTensor is the global one."""
         shape, quantized = tuple(p.shape), group["quantize_states"]
         return (
             self.recipe.layout("exp_avg", shape, quantized),
             self.recipe.layout("exp_avg_sq", shape, quantized),
         )
+
+    def _local_layouts(
+        self, p: Tensor, group: Mapping[str, Any], shard: RowShard
+    ) -> tuple[StateLayout, StateLayout]:
+        m, v = (layout.of_rows(shard.stop - shard.start) for layout in self._layouts(p, group))
+        return m, v
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -183,34 +198,35 @@ class AdamW(Optimizer):
         return loss
 
     def _step_parameter(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-        grad = p.grad
-        assert grad is not None
+        shard, weights, grad = row_shard(name, p), local(p), local_gradient(name, p)
         if grad.is_sparse or grad.layout != torch.strided:
             raise RuntimeError(
                 f"{name} has a sparse gradient: AdamW decays every moment at every step; build the embedding "
                 "with sparse=False"
             )
-        layouts, held = self._layouts(p, group), self.state[p]
+        layouts, held = self._local_layouts(p, group, shard), self.state[p]
+        over_shards = None if shard.mesh is None else shard.maximum
         if not held:
             held["step"] = torch.zeros((), dtype=torch.float32)
             for layout in layouts:
-                held.update(layout.allocate(p))
+                held.update(layout.allocate(weights))
         held["step"] += 1
         step = int(held["step"].item())
         now = _numbers(group, step)
-        for start, rows in _chunks(p, all(layout.by_rows for layout in layouts)):
-            part = p[rows]
+        for start, rows in _chunks(weights, all(layout.by_rows for layout in layouts)):
+            part = weights[rows]
             m, v = (layout.read(held, rows) for layout in layouts)
             w = part if p.dtype == torch.float32 else part.to(torch.float32)
             _update(w, grad[rows].to(torch.float32), m, v, now)
             if w is not part:
                 part.copy_(w)
             for layout, values in zip(layouts, (m, v), strict=True):
-                noise = _noise(layout, name, group["seed"], step, start, values)
-                layout.write(held, values, rows, noise)
+                noise = _noise(layout, name, group["seed"], step, shard.start + start, values)
+                layout.write(held, values, rows, noise, over_shards)
 
     def decode_states(self, p: Tensor) -> dict[str, Tensor]:
-        """The moments of p as the next step will see them: {"exp_avg", "exp_avg_sq"}, float32 copies of p's shape.
+        """The moments of p as the next step will see them: {"exp_avg", "exp_avg_sq"}, float32 copies of the shape of
+        p, or of its local rows where it is sharded.
 
         Raises KeyError where p is not optimized here or has had no step yet.
         """
@@ -218,34 +234,60 @@ class AdamW(Optimizer):
             if q is p:
                 if not self.state.get(p):
                     raise KeyError(f"{name} has no state yet: it has had no step with a gradient")
-                held = self.state[p]
-                return {
-                    layout.kind: layout.read(held).clone().reshape(p.shape)
-                    for layout in self._layouts(p, group)
-                }
+                held, layouts = self.state[p], self._local_layouts(p, group, row_shard(name, p))
+                return {layout.kind: layout.read(held).clone().reshape(layout.shape) for layout in layouts}
         raise KeyError("the tensor is not a parameter of this optimizer")
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held now by kind of state tensor (``exp_avg.codes``, ``exp_avg.scale``, ``exp_avg`` for float32
-        ones, ..., ``step``), their ``total``, and ``as_float32``: what the same moments would take in float32."""
+        """Bytes held now by this process, by kind of state tensor (``exp_avg.codes``, ``exp_avg.scale``, ``exp_avg``
+        for float32 ones, ..., ``step``), their ``total``, and ``as_float32``: what the same moments would take in
+        float32."""
         found: dict[str, int] = {}
         as_float32 = 0
         for p, held in self.state.items():
             for key, t in held.items():
                 found[key] = found.get(key, 0) + t.numel() * t.element_size()
             if held:
-                as_float32 += len(KINDS) * 4 * p.numel() + held["step"].element_size()
+                as_float32 += len(KINDS) * 4 * local(p).numel() + held["step"].element_size()
         return {**found, "total": sum(found.values()), "as_float32": as_float32}
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """What ``state_dict()`` of one process with the same parameters would be: all rows, packed as they are, as
+        copies on the CPU.
+
+        A collective where a parameter is sharded: every process of its mesh calls it. One tensor is gathered at a
+        time, to the first process of the mesh; on the others ``state`` is empty and ``states_on_rank`` names that
+        first one. Raises ValueError where parameters are sharded over different processes.
+        """
+        shards = [(name, row_shard(name, p)) for name, p, _ in self._named_parameters()]
+        check_one_mesh(shards)
+        first, packed = all(shard.is_first for _, shard in shards), self.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, (_, p, group) in enumerate(self._named_parameters()):
+            held = packed["state"].get(i)
+            if not held:
+                continue
+            for key, cut in {"step": False, **held_by_rows(self._layouts(p, group))}.items():
+                whole = shards[i][1].gather(held[key]) if cut else held[key]
+                if first and whole is not None:
+                    state.setdefault(i, {})[key] = whole.detach().to("cpu", copy=True)
+        if first:
+            return {**packed, "state": state}
+        holder = next(int(shard.mesh.mesh[0]) for _, shard in shards if shard.mesh is not None)
+        return {**packed, "state": {}, ELSEWHERE: holder}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a ``state_dict()`` of an AdamW with the same parameters and state formats, or, where all
-        states are float32, of ``torch.optim.AdamW``. Hyperparameters come from the checkpoint, as in torch.
+        """Take over a ``full_state_dict()`` or, of one process, a ``state_dict()`` of an AdamW with the same
+        parameters and state formats, or, where all states are float32, of ``torch.optim.AdamW``. Hyperparameters
+        come from the checkpoint, as in torch. Under sharding each process passes the whole dict and keeps its rows;
+        nothing is communicated.
 
         Torch's own loading casts states to the parameter's dtype: for bfloat16 weights it would turn codes and
         scales into bfloat16. Here tensors keep their dtype; hooks before loading see the groups alone.
 
         Raises ValueError, naming the parameter, what is stored and what is expected, where they differ.
         """
+        refuse_empty(state_dict)
         named = [(name, p, self._layouts(p, group)) for name, p, group in self._named_parameters()]
         groups = matched_groups(self.param_groups, state_dict["param_groups"])
         loaded = matched_state(named, state_dict)

@@ -15,9 +15,22 @@ from torch import Tensor
 
 from qtrain.quant import QuantSpec
 
-from .states import StateLayout
+from .sharding import local, row_shard
+from .states import StateLayout, held_by_rows
 
-Named = tuple[str, Tensor, tuple[StateLayout, StateLayout]]
+Named = tuple[str, Tensor, tuple[StateLayout, StateLayout]]  # layouts of the whole parameter
+ELSEWHERE = (
+    "states_on_rank"  # the key that tells an empty part of a full state dict from one before the first step
+)
+
+
+def refuse_empty(state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError for what ``AdamW.full_state_dict`` gives where the states are not put together."""
+    if ELSEWHERE in state_dict:
+        raise ValueError(
+            f"this is what full_state_dict() gives on every rank but {state_dict[ELSEWHERE]}, without states: load what "
+            f"rank {state_dict[ELSEWHERE]} got, or the file that it saved, on every rank"
+        )
 
 
 def matched_groups(
@@ -78,13 +91,14 @@ def _check(name: str, layout: StateLayout, held: Mapping[str, Any], group: Mappi
         if tuple(found[key].shape) != shape or found[key].dtype != dtype:
             raise ValueError(
                 f"{name}: {key} in the checkpoint is {found[key].dtype} {tuple(found[key].shape)}, expected {dtype} "
-                f"{shape}; the model or its parameter groups differ from those of the run that saved it, or "
-                "something cast the states"
+                f"{shape}; the model or its parameter groups differ from those of the run that saved it, something "
+                "cast the states, or it is the state_dict() of one shard, where full_state_dict() has all rows"
             )
 
 
 def matched_state(named: Sequence[Named], state_dict: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-    """Copies of the saved tensors, on their parameters' devices and in their own dtypes.
+    """Copies of the saved tensors, on their parameters' devices and in their own dtypes; of a sharded parameter the
+    rows that this process holds.
 
     Raises ValueError for anything that is not exactly what ``StateLayout.expected`` says.
     """
@@ -105,9 +119,14 @@ def matched_state(named: Sequence[Named], state_dict: Mapping[str, Any]) -> dict
             raise ValueError(f"{name}: the checkpoint holds no step count; it is no state of Adam")
         for layout in layouts:
             _check(name, layout, held, group_of[i])
-        keys = ["step", *chain.from_iterable(layout.expected() for layout in layouts)]
-        if set(held) != set(keys):
-            raise ValueError(f"{name}: the checkpoint holds {sorted(held)}, expected {sorted(keys)}")
-        step = torch.as_tensor(held["step"], dtype=torch.float32, device="cpu").clone()
-        loaded[p] = {"step": step, **{key: held[key].to(device=p.device, copy=True) for key in keys[1:]}}
+        by_rows = held_by_rows(layouts)
+        if set(held) != {"step", *by_rows}:
+            raise ValueError(
+                f"{name}: the checkpoint holds {sorted(held)}, expected {sorted(['step', *by_rows])}"
+            )
+        shard, device = row_shard(name, p), local(p).device
+        loaded[p] = {"step": torch.as_tensor(held["step"], dtype=torch.float32, device="cpu").clone()}
+        for key, cut in by_rows.items():
+            rows = shard.take(held[key]) if cut else held[key]
+            loaded[p][key] = rows.to(device=device, copy=True)
     return loaded

@@ -6,9 +6,9 @@
 A parameter of two or more dimensions is seen as the matrix [F, K] = [dim 0, all others together]. Blocks never
 cross a row of it and codes share the parameter's dim 0, so that a state cut along dim 0, as sharded training
 cuts it, holds exactly the codes and scales of its rows; a scale of the whole tensor is copied to all shards,
-and its range is their maximum. Layouts without that property are refused. Parameters with fewer than two
-dimensions (norm gains, biases) stay float32: a block of neighbours would cross rows, and a scale an element
-would save nothing.
+and its range is their maximum. Layouts that cross rows otherwise are refused, and under sharding those whose
+range is not a maximum (``StateLayout.check_sharded``). Parameters with fewer than two dimensions (norm gains,
+biases) stay float32: a block of neighbours would cross rows, and a scale an element would save nothing.
 
 Small tensors and embeddings stay float32, as in "8-bit Optimizers via Block-wise Quantization" (Dettmers et
 al., 2021, arXiv 2110.02861).
@@ -17,7 +17,7 @@ al., 2021, arXiv 2110.02861).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from types import EllipsisType
@@ -131,7 +131,8 @@ def _layout(kind: str, shape: tuple[int, ...], spec: QuantSpec | None) -> StateL
 class StateLayout:
     """One moment of one parameter: what tensors hold it, and the way in and out.
 
-    kind: "exp_avg" or "exp_avg_sq". shape: the parameter's. spec: None for float32.
+    kind: "exp_avg" or "exp_avg_sq". shape: the parameter's, or that of a shard's rows (``of_rows``). spec: None for
+    float32.
 
     The tensors lie in ``optimizer.state[p]``, as plain tensors under plain names: ``exp_avg`` (float32, the
     parameter's shape), or ``exp_avg.codes`` (uint8, [F, packed bytes]), ``exp_avg.scale`` ([F, nc] or [1, 1]) and,
@@ -165,19 +166,41 @@ class StateLayout:
         row = quantize(torch.zeros(1, self.matrix[1]), codec.without_noise(self._stored))
         return {f"{self.kind}.{part}": t for part, t in row.tensors().items()}
 
-    def _rows_of(self, key: str) -> int | None:
-        """How often the zero row's tensor is repeated along dim 0; None for what the tensor has once."""
-        shared = key.endswith(".tensor_scale") or (
-            self._stored.blocks.rows is None and not key.endswith(".codes")
+    def cut_by_rows(self, key: str) -> bool:
+        """Whether this tensor has the parameter's dim 0, so that a shard holds its rows; else all rows share it."""
+        if self.spec is None:
+            return bool(self.shape)
+        return key.endswith(".codes") or not (
+            key.endswith(".tensor_scale") or self._stored.blocks.rows is None
         )
-        return None if shared else self.matrix[0]
+
+    def of_rows(self, count: int) -> StateLayout:
+        """The layout of so many of the parameter's rows; what is quantized was decided by the whole shape."""
+        return _layout(self.kind, (count, *self.shape[1:]), self.spec) if self.shape else self
+
+    def check_sharded(self, name: str) -> None:
+        """Raises ValueError, naming the parameter, where a shard could not hold exactly what one process would.
+
+        A maximum over a block or over shards is the same number in any order. A sum is not: in rms, gaussian and
+        mse its last bits follow the number of rows that are summed in one call, even where the scales are per row.
+        """
+        if self.spec is None:
+            return
+        clip = self.spec.clip_kind_and_value[0]
+        if clip == "absmax" or (clip == "percentile" and self.by_rows):
+            return
+        shared = "" if self.by_rows else " and a scale over the whole tensor"
+        raise ValueError(
+            f"{name} is sharded, and {self.kind} with clip={self.spec.clip!r}{shared} ({self.spec}) would depend on the "
+            "number of processes; use clip=absmax"
+        )
 
     def expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """key -> (shape, dtype) of every tensor held."""
         if self.spec is None:
             return {self.kind: (self.shape, torch.float32)}
         return {
-            key: (tuple(t.shape) if self._rows_of(key) is None else (self.matrix[0], *t.shape[1:]), t.dtype)
+            key: ((self.matrix[0], *t.shape[1:]) if self.cut_by_rows(key) else tuple(t.shape), t.dtype)
             for key, t in self._zero_row.items()
         }
 
@@ -187,10 +210,8 @@ class StateLayout:
             return {self.kind: torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)}
         held = {}
         for key, t in self._zero_row.items():
-            rows = self._rows_of(key)
-            held[key] = (
-                (t if rows is None else t.expand(rows, *t.shape[1:])).to(p.device).contiguous().clone()
-            )
+            t = t.expand(self.matrix[0], *t.shape[1:]) if self.cut_by_rows(key) else t
+            held[key] = t.to(p.device).contiguous().clone()
         return held
 
     def read(self, held: Mapping[str, Tensor], rows: Rows = ...) -> Tensor:
@@ -198,7 +219,7 @@ class StateLayout:
         if self.spec is None:
             return held[self.kind][rows]
         parts = {
-            part: t if self._rows_of(key) is None else t[rows]
+            part: t[rows] if self.cut_by_rows(key) else t
             for part in ("codes", "scale", "zero_point", "tensor_scale")
             if (t := held.get(key := f"{self.kind}.{part}")) is not None
         }
@@ -214,9 +235,16 @@ class StateLayout:
         return codec.decode(q).reshape(n, *self.shape[1:])
 
     def write(
-        self, held: Mapping[str, Tensor], values: Tensor, rows: Rows = ..., noise: Tensor | None = None
+        self,
+        held: Mapping[str, Tensor],
+        values: Tensor,
+        rows: Rows = ...,
+        noise: Tensor | None = None,
+        over_shards: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Encode ``values`` (what ``read`` returned, updated) into these rows. noise: [n, K] where stochastic.
+        over_shards: the elementwise maximum over all shards of a float32 tensor that is not negative; None where
+        all rows are here. It is called once, by every shard, where the layout is not ``by_rows``.
 
         A float32 state needs nothing: its rows were updated in place.
         """
@@ -226,11 +254,36 @@ class StateLayout:
             raise ValueError(
                 f"{self.kind} as {self.spec}: its scale spans the tensor; write all rows at once"
             )
-        q = codec.encode(values.reshape(-1, self.matrix[1]), self._stored, noise)
+        matrix = values.reshape(-1, self.matrix[1])
+        count = matrix.shape[0]
+        if over_shards is not None and not self.by_rows:
+            matrix = _with_extremes(matrix, over_shards)
+            noise = None if noise is None else torch.nn.functional.pad(noise, (0, 0, 0, 2))
+        q = codec.encode(matrix, self._stored, noise)
         for part, t in q.tensors().items():
             key = f"{self.kind}.{part}"
-            (held[key] if self._rows_of(key) is None else held[key][rows]).copy_(t)
+            if self.cut_by_rows(key):
+                held[key][rows].copy_(t[:count])
+            else:
+                held[key].copy_(t)
 
     def describe(self) -> str:
         """For messages: ``float32``, or the spec."""
         return "float32" if self.spec is None else str(self.spec)
+
+
+def held_by_rows(layouts: Iterable[StateLayout]) -> dict[str, bool]:
+    """key -> ``cut_by_rows`` of every tensor that these moments hold, in a fixed order."""
+    return {key: layout.cut_by_rows(key) for layout in layouts for key in layout.expected()}
+
+
+def _with_extremes(matrix: Tensor, over_shards: Callable[[Tensor], Tensor]) -> Tensor:
+    """[n, K] of a shard -> [n + 2, K]: rows that begin with the greatest (or 0) and the least (or 0) number of all
+    shards. Quantized with them, the shard gets the scale that the whole tensor would have."""
+    ends = matrix.new_zeros(2)
+    if matrix.numel():
+        ends = torch.clamp(torch.stack([matrix.amax(), -matrix.amin()]), min=0.0)
+    highest, lowest = over_shards(ends)
+    rows = matrix.new_zeros(2, matrix.shape[1])
+    rows[0, 0], rows[1, 0] = highest, -lowest
+    return torch.cat([matrix, rows])
