@@ -7,8 +7,8 @@
 
 Hydra composes the config and drives sweeps and launchers. Before it does, every override of every run is checked
 (``qtrain.overrides``) and the command refuses what cannot run, so that a mistake costs a second and a sweep never
-dies in the middle for its own spelling. Exit codes: 2 for such a mistake, 1
-for a run that raised, else what the command returns (of a sweep the highest).
+dies in the middle for its own spelling. Exit codes: 2 for such a mistake, 1 for a run that raised, 130 after Ctrl-C and 75
+(try again) after SIGTERM or SIGUSR1, else what the command returns (of a sweep the highest).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import qtrain
+from qtrain import interrupts
 from qtrain.commands import ENTRIES
 
 if TYPE_CHECKING:
@@ -82,7 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from qtrain.overrides import UserError
 
     try:
-        return _command(name, rest)
+        with interrupts.listen():
+            return _command(name, rest)
+    except interrupts.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return interrupts.exit_code(stop.signum)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -93,9 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe (| head) has gone; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as shells have it
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
 
 
 def _refuse(message: str) -> int:
@@ -275,7 +277,8 @@ def _task_config(config: DictConfig) -> DictConfig:
 def _job(module_name: str, config: DictConfig) -> int:
     """One run; a plain function of the module, so that launchers can send it to other machines."""
     try:
-        return importlib.import_module(module_name).run(config)
+        with interrupts.listen():  # a launcher may have brought it to a process of its own
+            return importlib.import_module(module_name).run(config)
     except Exception:
         # Now, since a sweep raises the first failure only, and that when all runs are done
         traceback.print_exc()

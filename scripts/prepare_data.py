@@ -15,7 +15,7 @@ from qtrain.data.tokenizers import get_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokenize documents into memory-mapped shards.")
+    parser = argparse.ArgumentParser(description="Tokenize documents into token shards.")
     parser.add_argument(
         "--files", nargs="+", metavar="PATH", help="text files, folders or globs (default: stdlib)"
     )

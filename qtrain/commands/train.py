@@ -59,7 +59,7 @@ def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.baselines import reference_run
-    from qtrain.training.saved import checkpoint_of
+    from qtrain.training.saved import check_resume
     from qtrain.training.wandb_logger import check_logger
 
     config = plain(cfg)
@@ -69,13 +69,12 @@ def check(cfg: DictConfig) -> None:
     parts.processes.check(resolved_device(settings.device))
     if settings.baseline is not None:
         reference_run(settings.baseline, settings.out)
-    if settings.resume is not None:
-        checkpoint_of(settings.resume)
+    check_resume(settings)
 
 
 def run(cfg: DictConfig) -> int:
     """Train, in one process or in as many as ``trainer`` says. 0 where the run completed, 3 where it ended with a
-    verdict."""
+    verdict. Raises Interrupted after a signal, once the state is saved."""
     from qtrain.training.launcher import launch
     from qtrain.training.processes import ProcessSettings
 
@@ -88,18 +87,25 @@ def run(cfg: DictConfig) -> int:
 
 def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    from qtrain.interrupts import Interrupted
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.fit import train
     from qtrain.training.processes import RankZeroFailed, connected, rank
+    from qtrain.training.resume import StartRefused
 
     parts = assemble(config)
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
+    except StartRefused as error:
+        print(f"qtrain: {error}", file=sys.stderr)
+        return 2
     except RankZeroFailed:
         return 1  # rank 0 says what it was
     if verdict.good:
         return 0
     if rank() == 0:
         print(f"stopped: {verdict.message}\nwhat is left lies in {folder}", file=sys.stderr)
+    if verdict.signal is not None:
+        raise Interrupted(verdict.signal)  # no exit code: a sweep ends here
     return VERDICT_EXIT

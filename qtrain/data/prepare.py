@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qtrain.data import splits
-from qtrain.data.shards import DEFAULT_SHARD_TOKENS, FORMAT_VERSION, TokenShards, write_shards
+from qtrain.data.manifest import FORMAT_VERSION
+from qtrain.data.partial_folders import remove_stale
+from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, write_shards, writing
+from qtrain.data.shards import TokenShards
 from qtrain.data.sources import TextSource
 from qtrain.data.splits import Side
 from qtrain.data.tokenizers import Tokenizer
@@ -55,9 +59,14 @@ def prepare(
     ``out_dir/SOURCE-TOKENIZER-DIGEST``. Every document is followed by the end-of-document token.
     ``val_fraction``: expected share of documents in the validation split (see ``splits``).
     ``progress``: called after each document; ``rich_progress`` makes one.
-    Raises ValueError on an empty split, ShardError when the cached folder was altered and RuntimeError when
-    the source changes meanwhile.
+    Raises ValueError on an empty split or a source's name that is no folder's, ShardError when the cached folder
+    was altered, ShardWriteError when the place cannot be written (a full disk, no permission) and RuntimeError
+    when the source changes meanwhile.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
+        raise ValueError(
+            f"source name {source.name!r}: it names a folder; letters, digits, - and _ are allowed"
+        )
     progress = progress or _no_progress
     settings: dict[str, Any] = {
         "preparation_version": PREPARATION_VERSION,
@@ -74,7 +83,10 @@ def prepare(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
     root = Path(out_dir) if out_dir is not None else cache_root()
     directory = root / f"{source.name}-{tokenizer.name}-{digest}"
-    if not directory.exists():
+    remove_stale(directory)
+    with writing(directory):
+        exists = directory.exists()
+    if not exists:
         _write(source, fingerprint, tokenizer, directory, settings, progress)
     return TokenShards.open(directory)
 

@@ -1,41 +1,56 @@
-"""Token shards: tokenized splits as memory-mapped files beside a manifest.
+"""Reading token shards: the splits of a prepared folder (``manifest``, ``shard_writer``) as arrays of tokens.
 
-    DIR/manifest.json        format version, tokenizer, dtype, and of each shard: file, tokens, bytes, sha256
-    DIR/train-00000.bin ...  little-endian uint16 (vocabularies up to 65,536) or uint32, no header
-    DIR/val-00000.bin ...
+Shards are checked when opened, since a silently altered byte would be a silently different experiment, and read
+with ``pread`` on the descriptors that were checked. A memory map is about as fast, but a file that is truncated under
+it kills the process with SIGBUS. What happens to the files of a running job is defined:
 
-A directory appears complete or not at all: it is written beside its place as ``.NAME.XXXX.partial``, every
-file is fsynced, and one rename publishes it. Two processes that prepare the same data at once both end with
-the directory of whoever was first; a killed one leaves only its ``.partial`` folder, which nothing reads.
+    replaced or removed       it reads the files that it opened, to its end; the next one opens, and checks, anew
+    truncated                 the read that meets the end raises ShardError
+    altered in place          reads give the new bytes, and ``check_unchanged`` raises ShardError: a checkpoint
+                              that is written after it holds no step on altered data
+    touched, copied in place  the sha256 is computed once more, and found to be the same
 
-Shards are checked when opened, since a silently altered byte would be a silently different experiment.
+The one thing that no check sees is an alteration that was undone before the check.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import time
+import weakref
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.tokenizers import Tokenizer
+from qtrain.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
+from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriteError, write_shards
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-SPLITS = ("train", "val")
-# 2^28 uint16 tokens are 512 MiB: few files for large corpora, and each still copies and hashes in seconds.
-DEFAULT_SHARD_TOKENS = 1 << 28
-_READ_BYTES = 1 << 22
+__all__ = [
+    "DEFAULT_SHARD_TOKENS",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "Manifest",
+    "ShardError",
+    "ShardInfo",
+    "ShardSplit",
+    "ShardWriteError",
+    "SplitInfo",
+    "TokenShards",
+    "token_dtype",
+    "write_shards",
+]
+
+_HASHED_BYTES = 1 << 22
+# Time stamps may be this coarse (2 s on FAT, 4 ms in most kernels): one as young as that when it was recorded would
+# not show a change within the same tick.
+_TICK_NS = 2_000_000_000
 
 
 class ShardError(ValueError):
@@ -43,201 +58,135 @@ class ShardError(ValueError):
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One file. ``bytes`` = ``tokens`` * item size of the dtype."""
+class _Stamp:
+    """What a file's inode says when its bytes are checked; equal stamps mean equal bytes if ``settled``.
 
-    file: str
-    tokens: int
-    bytes: int
-    sha256: str
+    The system sets the change time itself, and to anything: a touch, a copy over it, a rename. So a stamp that
+    differs says "look again", and what the clock said in between (a jump, a date in the future) decides nothing.
+    """
 
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """One split. ``text_bytes``: UTF-8 bytes of its documents, the denominator of bits per byte."""
-
-    tokens: int
-    documents: int
-    text_bytes: int
-    shards: tuple[ShardInfo, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``manifest.json`` says. ``tokenizer``: name, vocab_size, eot_token."""
-
-    tokenizer: dict[str, Any]
-    dtype: str
-    splits: dict[str, SplitInfo]
-    source: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.tokenizer["vocab_size"])
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+    settled: bool = field(compare=False)
 
     @staticmethod
-    def from_json(text: str) -> Manifest:
-        raw = json.loads(text)
-        raw["splits"] = {
-            name: SplitInfo(**{**split, "shards": tuple(ShardInfo(**shard) for shard in split["shards"])})
-            for name, split in raw["splits"].items()
-        }
-        return Manifest(**raw)
+    def of(handle: int) -> _Stamp:
+        now, s = time.time_ns(), os.fstat(handle)
+        settled = abs(now - s.st_ctime_ns) > _TICK_NS
+        return _Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, settled)
+
+    def shows(self, other: _Stamp) -> bool:
+        """Whether a file stamped ``other`` has the bytes that it had at this stamp."""
+        return self.settled and self == other
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest little-endian type that holds ids in [0, vocab_size)."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+class _ShardFile:
+    """One shard. ``info``: what the manifest says of it.
 
+    A descriptor has no position that ``pread`` would move, so forked processes share it. A pickled copy opens its
+    own, and where the path holds another file by then, that one must have the same bytes.
+    """
 
-class _SplitWriter:
-    """Appends tokens to ``SPLIT-00000.bin``, ``SPLIT-00001.bin``, ... of ``shard_tokens`` tokens each."""
+    def __init__(self, directory: Path, info: ShardInfo) -> None:
+        self.path, self.info = directory / info.file, info
+        self._handle: int | None = None
+        self._stamp: _Stamp | None = None
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.documents = self.text_bytes = 0
-        self.shards: list[ShardInfo] = []
-        self._open()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
 
-    def _open(self) -> None:
-        self._name = f"{self.split}-{len(self.shards):05d}.bin"
-        self._file = (self.folder / self._name).open("wb")
-        self._digest = hashlib.sha256()
-        self._tokens = 0
+    def open(self, *, hashed: bool) -> None:
+        """Opens and checks the file. Raises ShardError."""
+        remedy = f"delete the folder {self.path.parent} and prepare again"
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ShardError(
+                f"shard {self.path} is missing, its manifest says {self.info.bytes} bytes; {remedy}"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
+            raise ShardError(f"shard {self.path} cannot be opened: {error.strerror}; {remedy}") from error
+        weakref.finalize(self, os.close, handle)
+        stamp = _Stamp.of(handle)
+        if stamp.size != self.info.bytes:
+            raise ShardError(
+                f"shard {self.path} is {stamp.size} bytes long, its manifest says {self.info.bytes} bytes; {remedy}"
+            )
+        if hashed or (self._stamp is not None and not self._stamp.shows(stamp)):
+            found = self._sha256(handle)
+            if found != self.info.sha256:
+                raise ShardError(
+                    f"shard {self.path} was altered: its sha256 is {found}, its manifest says {self.info.sha256}; "
+                    f"{remedy}"
+                )
+        self._handle, self._stamp = handle, stamp
 
-    def write(self, ids: NDArray[Any]) -> None:
-        while len(ids):
-            if self._tokens == self.shard_tokens:
-                self.close()
-                self._open()
-            part = ids[: self.shard_tokens - self._tokens]
-            data = np.ascontiguousarray(part, dtype=self.dtype).tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._tokens += len(part)
-            ids = ids[len(part) :]
+    def _opened(self) -> int:
+        if self._handle is None:
+            self.open(hashed=False)
+        assert self._handle is not None
+        return self._handle
 
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        size = self._tokens * self.dtype.itemsize
-        self.shards.append(ShardInfo(self._name, self._tokens, size, self._digest.hexdigest()))
+    def pread(self, count: int, offset: int) -> bytes:
+        """``count`` bytes from byte ``offset``. Raises ShardError where the file ends before or cannot be read."""
+        handle = self._opened()
+        data = self._pread(handle, count, offset)
+        while len(data) < count and (more := self._pread(handle, count - len(data), offset + len(data))):
+            data += more
+        if len(data) < count:
+            raise ShardError(
+                f"shard {self.path} ends early: at byte {offset} it gave {len(data)} of {count} bytes, so it was "
+                f"truncated while the run read it; {self._remedy()}"
+            )
+        return data
 
-    def info(self) -> SplitInfo:
-        return SplitInfo(
-            sum(shard.tokens for shard in self.shards), self.documents, self.text_bytes, tuple(self.shards)
+    def _pread(self, handle: int, count: int, offset: int) -> bytes:
+        """At most ``count`` bytes; fewer at the end, or after a signal."""
+        try:
+            return os.pread(handle, count, offset)
+        except OSError as error:
+            raise ShardError(
+                f"shard {self.path} cannot be read at byte {offset}: {error.strerror}; see to the disk, then resume "
+                "from the last checkpoint"
+            ) from error
+
+    def check_unchanged(self) -> None:
+        """Raises ShardError where the bytes behind the descriptor are not those of the manifest any more."""
+        handle = self._opened()
+        stamp = _Stamp.of(handle)
+        if self._stamp is not None and self._stamp.shows(stamp):
+            return
+        if stamp.size != self.info.bytes or self._sha256(handle) != self.info.sha256:
+            raise ShardError(f"shard {self.path} was altered while the run read it; {self._remedy()}")
+        self._stamp = stamp
+
+    def _remedy(self) -> str:
+        return (
+            "go back to a checkpoint from before that: delete the folder "
+            f"{self.path.parent}, let it be prepared again and resume from there"
         )
 
-
-class ShardWriter:
-    """Receives documents for the splits; made by ``write_shards``."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        if shard_tokens < 1:
-            raise ValueError(f"shard_tokens {shard_tokens} must be at least 1; the default is 2^28")
-        self.tokenizer = tokenizer
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self._eot = np.array([tokenizer.eot_token], dtype=np.int64)
-        self._splits = {name: _SplitWriter(folder, name, self.dtype, shard_tokens) for name in SPLITS}
-
-    def append(self, split: str, text: str) -> None:
-        """Writes the tokens of one document, followed by the end-of-document token.
-
-        Raises ValueError when the tokenizer gives an id outside its vocabulary, which a narrow dtype would
-        wrap into another token.
-        """
-        writer = self._splits[split]
-        ids = np.asarray(self.tokenizer.encode(text))
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.tokenizer.vocab_size):
-            raise ValueError(
-                f"tokenizer {self.tokenizer.name!r} produced ids in [{ids.min()}, {ids.max()}], outside "
-                f"[0, {self.tokenizer.vocab_size}); its vocab_size must cover every id"
-            )
-        writer.write(ids)
-        writer.write(self._eot)
-        writer.documents += 1
-        writer.text_bytes += len(text.encode("utf-8"))
-
-    def finish(self, source: dict[str, Any], settings: dict[str, Any]) -> Manifest:
-        for writer in self._splits.values():
-            writer.close()
-        names = {key: getattr(self.tokenizer, key) for key in ("name", "vocab_size", "eot_token")}
-        splits = {name: writer.info() for name, writer in self._splits.items()}
-        return Manifest(names, self.dtype.name, splits, source, settings)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(partial: Path, directory: Path) -> None:
-    """Renames ``partial`` to ``directory``; where another process was first, its directory stays."""
-    try:
-        partial.rename(directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (directory / MANIFEST).is_file():
-            raise
-        shutil.rmtree(partial)
-    _fsync_folder(directory.parent)
-
-
-@contextmanager
-def write_shards(
-    directory: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    source: dict[str, Any] | None = None,
-    settings: dict[str, Any] | None = None,
-    shard_tokens: int = DEFAULT_SHARD_TOKENS,
-) -> Iterator[ShardWriter]:
-    """``with write_shards(...) as writer: writer.append("train", text)``: publishes ``directory`` at the end.
-
-    ``source`` and ``settings`` (JSON values) are recorded in the manifest. On an exception nothing appears at
-    ``directory`` and the partial folder is removed.
-    """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
-    try:
-        partial.chmod(0o777 & ~_umask())
-        writer = ShardWriter(partial, tokenizer, shard_tokens)
-        yield writer
-        manifest = writer.finish(source or {}, settings or {})
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(asdict(manifest), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _fsync_folder(partial)
-        _publish(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's file mode mask (it can only be read by setting it); mkdtemp ignores it and gives 0700."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    def _sha256(self, handle: int) -> str:
+        digest, offset = hashlib.sha256(), 0
+        while block := self._pread(handle, _HASHED_BYTES, offset):
+            digest.update(block)
+            offset += len(block)
+        return digest.hexdigest()
 
 
 class ShardSplit:
-    """The tokens of one split as if they were one array, read from memory-mapped files.
-
-    Pickling (for DataLoader workers that are spawned) carries the paths, never the tokens.
-    """
+    """The tokens of one split as if they were one array. Pickling carries paths, never tokens or descriptors."""
 
     def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str) -> None:
         self.directory, self.name, self.info, self.dtype = directory, name, info, np.dtype(dtype)
-        self._starts = np.concatenate([[0], np.cumsum([s.tokens for s in info.shards], dtype=np.int64)])
-        self._maps: list[NDArray[Any]] | None = None
+        self.files = [_ShardFile(directory, shard) for shard in info.shards]
+        self._starts = list(accumulate((shard.tokens for shard in info.shards), initial=0))
+        self._stored = self.dtype.newbyteorder("<")
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -248,36 +197,35 @@ class ShardSplit:
         """Tokens per UTF-8 byte: bits per byte = nats per token * tokens_per_byte / ln 2."""
         return self.info.tokens / self.info.text_bytes
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": None}
-
-    def _arrays(self) -> list[NDArray[Any]]:
-        if self._maps is None:
-            little_endian = self.dtype.newbyteorder("<")
-            self._maps = [
-                np.memmap(self.directory / shard.file, dtype=little_endian, mode="r")
-                if shard.tokens
-                else np.empty(0, dtype=little_endian)
-                for shard in self.info.shards
-            ]
-        return self._maps
-
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens [stop - start] of the half-open range, across shard boundaries; raises IndexError outside."""
-        if not 0 <= start <= stop <= len(self):
+        """Tokens [stop - start] of the half-open range, across shard boundaries.
+
+        Raises IndexError outside, and ShardError where a file was truncated since it was opened.
+        """
+        if not 0 <= start <= stop <= self.info.tokens:
             raise IndexError(
                 f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens"
             )
         tokens = np.empty(stop - start, dtype=self.dtype)
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        done = 0
+        shard = bisect_right(self._starts, start) - 1
+        done, width = 0, self.dtype.itemsize
         while done < len(tokens):
-            offset = start + done - int(self._starts[shard])
-            part = self._arrays()[shard][offset : offset + len(tokens) - done]
-            tokens[done : done + len(part)] = part
-            done += len(part)
+            offset = start + done - self._starts[shard]
+            count = min(len(tokens) - done, self.info.shards[shard].tokens - offset)
+            data = self.files[shard].pread(count * width, offset * width)
+            tokens[done : done + count] = np.frombuffer(data, dtype=self._stored)
+            done += count
             shard += 1
         return tokens
+
+    def check_unchanged(self) -> None:
+        """Raises ShardError unless every file holds the bytes that its manifest names.
+
+        It costs a system call a file; where size, times or inode are not those of the last check, or were too young
+        then to show a change, the file's sha256 is computed anew (about 1 GB/s).
+        """
+        for file in self.files:
+            file.check_unchanged()
 
 
 class TokenShards:
@@ -295,6 +243,7 @@ class TokenShards:
 
         ``verify``: "sha256" reads every byte (about 1 GB/s); "size" compares file sizes only, for data too
         large to read at each start. Raises ShardError, naming the file and the remedy, on anything amiss.
+        A descriptor for each file stays open as long as the object lives.
         """
         if verify not in ("sha256", "size"):
             raise ValueError(f"verify {verify!r} is unknown; allowed: 'sha256', 'size'")
@@ -315,25 +264,13 @@ class TokenShards:
             raise ShardError(
                 f"{path} has splits {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}"
             )
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                _verify(directory / shard.file, shard, verify, remedy)
-        return TokenShards(directory, manifest)
+        shards = TokenShards(directory, manifest)
+        for split in (shards.train, shards.val):
+            for file in split.files:
+                file.open(hashed=verify == "sha256")
+        return shards
 
-
-def _verify(path: Path, shard: ShardInfo, verify: str, remedy: str) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard.bytes:
-        found = "missing" if size is None else f"{size} bytes long"
-        raise ShardError(f"shard {path} is {found}, its manifest says {shard.bytes} bytes; {remedy}")
-    if verify == "size":
-        return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        raise ShardError(
-            f"shard {path} was altered: its sha256 is {digest.hexdigest()}, its manifest says {shard.sha256}; "
-            f"{remedy}"
-        )
+    def check_unchanged(self) -> None:
+        """``ShardSplit.check_unchanged`` of both splits: called before a checkpoint is written."""
+        self.train.check_unchanged()
+        self.val.check_unchanged()

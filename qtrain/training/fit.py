@@ -5,34 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from qtrain.data.shards import ShardError
+
 from .assembly import Assembly, build, resolved_device
 from .baselines import ReferenceRun, reference_run, trigram_loss
-from .callbacks.census import CENSUS
-from .callbacks.checkpoint import AtomicCheckpointIO
+from .callbacks.checkpoint import CheckpointWriter
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
+from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
 from .report import optimizer_state_bytes, print_report, sample_text, summarize
-from .run_folder import FINAL, SUMMARY, VERDICT, create_run_folder, versions, write_json, write_text
-from .saved import check_same_run, checkpoint_of
+from .resume import Start, start_run
+from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
 from .settings import PRECISIONS
 from .strategy import ConnectedProcesses, make_strategy
 from .verdict import RunStopped, Verdict
 from .wandb_logger import make_logger
 
-# Of Lightning's warnings, those that do not concern memory-mapped windows.
+# Of Lightning's warnings, those that do not concern windows out of shards.
 _NOT_OURS = (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*srun.*")
 
 
@@ -54,7 +57,7 @@ def make_trainer(parts: Assembly, folder: Path, **more: Any) -> Trainer:
         "devices": 1,
         "precision": PRECISIONS[settings.precision],
         "default_root_dir": folder,
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [CheckpointWriter()],
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -76,7 +79,7 @@ def _training_trainer(parts: Assembly, folder: Path, logger: Any, callbacks: lis
         devices=processes.devices,
         num_nodes=processes.num_nodes,
         strategy=make_strategy(processes),
-        plugins=[AtomicCheckpointIO(), ConnectedProcesses()],
+        plugins=[CheckpointWriter(), ConnectedProcesses()],
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -100,44 +103,60 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
-    resume = None
-    if settings.resume is not None:
-        resume = checkpoint_of(settings.resume)
-        check_same_run(resume, parts.config, data.identity())
     callbacks = [build(c) for c in parts.config["callbacks"].values()]
-    folder = by_rank_zero(lambda: _new_folder(parts))
-    first = rank() == 0
-    logger = make_logger(parts.config["logger"], parts.config, folder, settings.name) if first else None
+    with ExitStack() as held:
+        start = by_rank_zero(lambda: start_run(parts, data.identity(), held))
+        if start.finished:
+            message = f"the run was completed before, at step {start.step}"
+            return Verdict(outcome="completed", step=start.step, message=message), start.folder
+        return _run(parts, data, callbacks, reference, start, begun), start.folder
+
+
+def _run(
+    parts: Assembly,
+    data: WindowsDataModule,
+    callbacks: list[Callback],
+    reference: ReferenceRun | None,
+    start: Start,
+    begun: float,
+) -> Verdict:
+    folder, config, first = start.folder, parts.config, rank() == 0
+    logger = (
+        make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
+    )
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
-        verdict = _fit(trainer, module, data, resume)
+        verdict = _fit(trainer, module, data, start)
         if verdict.good:
-            _report(parts, trainer, module, data, reference, folder, begun)
+            _report(parts, trainer, module, data, reference, start, begun)
         if first:
-            write_json(folder / VERDICT, verdict.as_dict())
+            _write_verdict(folder, verdict)
     finally:
         _close(trainer)
-    return verdict, folder
+    return verdict
 
 
-def _new_folder(parts: Assembly) -> Path:
-    settings = parts.settings
-    folder = create_run_folder(settings.out, settings.name, settings.run)
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
-    write_json(folder / "versions.json", versions())
-    return folder
-
-
-def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, resume: Path | None) -> Verdict:
+def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start) -> Verdict:
     try:
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, data, ckpt_path=start.checkpoint, weights_only=True)
+        step = trainer.global_step
+        if len(module.window_losses) == 0 or step % module.settings.eval_every_steps:
+            trainer.validate(module, data, verbose=False)
     except RunStopped as stopped:
         return stopped.verdict
-    step = trainer.global_step
-    if len(module.window_losses) == 0 or step % module.settings.eval_every_steps:
-        trainer.validate(module, data, verbose=False)
+    except ShardError as error:  # cut while they were read
+        return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     return Verdict(outcome="completed", step=step, message=f"completed {step} steps")
+
+
+def _write_verdict(folder: Path, verdict: Verdict) -> None:
+    try:
+        write_json(folder / VERDICT, verdict.as_dict())
+    except OSError as error:
+        if verdict.outcome != "storage_failed":
+            raise
+        print(f"{folder / VERDICT} could not be written either: {error}", file=sys.stderr)
 
 
 def _close(trainer: Trainer) -> None:
@@ -155,7 +174,7 @@ def _report(
     module: QuantizedTransformer,
     data: WindowsDataModule,
     reference: ReferenceRun | None,
-    folder: Path,
+    start: Start,
     begun: float,
 ) -> None:
     # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
@@ -164,6 +183,7 @@ def _report(
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
         return
+    folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
     trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
@@ -186,8 +206,8 @@ def _report(
     write_text(folder / "sample.txt", sample)
     summary.update(
         folder=str(folder),
-        checkpoint=f"checkpoints/{FINAL}",
-        resumed_from=parts.settings.resume,
+        checkpoint=f"{CHECKPOINTS}/{checkpoint_name(trainer.global_step)}",
+        resumed_from=None if start.checkpoint is None else str(start.checkpoint),
         wall_seconds=time.perf_counter() - begun,
     )
     write_json(folder / SUMMARY, summary)

@@ -25,7 +25,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from qtrain.interrupts import SIGNALS, Interrupted
+
 # For the others to end by themselves after one has: rank 0 may be writing a trace, and Python's exit takes a second.
 GRACE_SECONDS = 15.0
 # Between SIGTERM and SIGKILL.
@@ -51,8 +52,8 @@ def launch(
     """Runs ``entry`` (``package.module:function``, config -> exit status) in ``processes`` processes. Returns the
     exit status: 0 where all ended with 0, else that of the first that did not, 128 + n for one that signal n killed.
 
-    config: of JSON's types; raises ValueError where JSON would change it. After a SIGINT raises KeyboardInterrupt
-    and after a SIGTERM SystemExit with the status, once all children have ended: a sweep then starts no other run.
+    config: of JSON's types; raises ValueError where JSON would change it. After a signal raises Interrupted, once all
+    children have ended: a sweep then starts no other run.
     """
     task = _task(config, entry)
     children: list[subprocess.Popen[bytes]] = []
@@ -70,10 +71,8 @@ def launch(
             _end(children)
             for reader in readers:
                 reader.join(timeout=1.0)
-    if signal.SIGINT in signals.seen:
-        raise KeyboardInterrupt
-    if signal.SIGTERM in signals.seen:
-        raise SystemExit(status)
+    if signals.seen:
+        raise Interrupted(signals.seen[0])
     return status
 
 
@@ -160,7 +159,7 @@ def _received() -> Iterator[_Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, signals.take) for number in FORWARDED}
+    before = {number: signal.signal(number, signals.take) for number in SIGNALS}
     try:
         yield signals
     finally:

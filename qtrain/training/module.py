@@ -16,7 +16,9 @@ B sequences of a micro-batch, S tokens of a sequence, V vocabulary.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +33,9 @@ from qtrain.data.stream import mix_words
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
 from .assembly import Assembly
+from .identity import plan_of, recipe_digest
 from .processes import summed
-from .run_folder import versions
+from .run_folder import CENSUS, versions
 from .strategy import compile_for, shard
 
 
@@ -180,17 +183,31 @@ class QuantizedTransformer(LightningModule):
         return float(self.window_losses.double().mean())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the run was, and puts Lightning's counters to the last complete step: its gradient was
-        applied, that of the micro-batches since was not."""
-        batches = self.trainer.global_step * self.accumulate
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        """Adds what the run is, and puts Lightning's counters to the last complete step, wherever in its loops they
+        stand: its gradient was applied, that of the micro-batches since was not."""
+        step = self.trainer.global_step
+        batches = step * self.accumulate
+        fit = checkpoint["loops"]["fit_loop"]
         for scope in ("total", "current"):
-            progress[scope].update(ready=batches, started=batches, processed=batches)
             # As when saved in on_train_batch_end, before Lightning counts the batch as completed
-            progress[scope]["completed"] = max(batches - 1, 0)
+            fit["epoch_loop.batch_progress"][scope].update(
+                ready=batches, started=batches, processed=batches, completed=max(batches - 1, 0)
+            )
+            fit["epoch_loop.val_loop.batch_progress"][scope].update(
+                ready=0, started=0, processed=0, completed=0
+            )
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = max(step - 1, 0)
+        census = Path(self.trainer.default_root_dir) / CENSUS
         checkpoint["qtrain"] = {
-            "step": self.trainer.global_step,
-            "tokens": self.trainer.global_step * self.settings.step_tokens,
+            "step": step,
+            "tokens": step * self.settings.step_tokens,
+            "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            "recipe_sha256": recipe_digest(self.parts.recipe),
+            "plan": plan_of(self.surgery, self.parts.recipe),
+            "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,
+            # Their whole state: bits and masks are functions of (seed, step, place in the batch)
+            "random": {"seed": self.settings.seed, "step": step},
+            "processes": self.trainer.world_size,
             "versions": versions(),
         }

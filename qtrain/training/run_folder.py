@@ -1,11 +1,15 @@
 """The folder of a run, and how files get into it: whole or not at all.
 
-config.yaml versions.json surgery.txt census.json metrics.jsonl checkpoints/ wandb/
+config.yaml versions.json attempts.jsonl surgery.txt census.json metrics.jsonl checkpoints/ wandb/
 loss.png sample.txt summary.json verdict.json
+
+attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt
+before it ended, and what was refused on the way.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -16,26 +20,36 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wandb")
-SUMMARY, VERDICT = "summary.json", "verdict.json"
-CHECKPOINTS, FINAL = "checkpoints", "final.ckpt"
+SUMMARY, VERDICT, CENSUS, ATTEMPTS = "summary.json", "verdict.json", "census.json", "attempts.jsonl"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
 def create_run_folder(out: str | Path, name: str, run: str | None) -> Path:
     """``out/name/run``, newly made. run None: the time, with a number behind where that exists already.
 
-    Raises FileExistsError where a named run exists: two runs must not mix their files.
+    Raises FileExistsError where a named run exists: two runs must not mix their files; ValueError where nothing can
+    be written.
     """
     parent = Path(out) / name
+    try:
+        return _create(parent, run)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror}; choose another out=") from error
+
+
+def _create(parent: Path, run: str | None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     if run is not None:
         try:
             (parent / run).mkdir()
         except FileExistsError:
             raise FileExistsError(
-                f"the run {parent / run} exists; choose another run=, or remove that folder"
+                f"the run {parent / run} exists; choose another run=, go on with it (resume=auto), or remove that folder"
             ) from None
         return parent / run
     stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
@@ -46,6 +60,53 @@ def create_run_folder(out: str | Path, name: str, run: str | None) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Takes the run for this process: hold the file that is returned until the run ends; a dead process holds none.
+
+    Raises ValueError, naming the holder, where another process writes in the folder.
+    """
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"the run {folder} is being trained by {holder}; wait for it, or choose another run="
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """One more line of JSON, on disk when this returns; in the place of one that a killed process left half-written."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        held = file.read()
+        file.truncate(held.rfind(b"\n") + 1)
+        file.write((json.dumps(jsonable(value)) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file, but for a last one that a killed process left half-written. Raises ValueError
+    for any other that is no JSON."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error.msg}); the file was altered") from error
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,49 +2,56 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .assembly import Assembly, assemble
-from .run_folder import CHECKPOINTS, FINAL
+from .checkpoints import MANIFEST, CheckpointError, checkpoints_in, load_checkpoint, verified
+from .run_folder import CHECKPOINTS
+from .settings import RunSettings
 
-# What may differ between a run and its continuation: where it writes, how long it is and how it is watched.
-_FREE = frozenset(
-    {
-        "name", "run", "out", "baseline", "resume", "steps", "compile", "device", "trainer", "logger", "callbacks",
-        "eval_every_steps", "eval_windows", "checkpoint_every_steps", "micro_batch_sequences",
-        "activation_checkpointing", "sample",
-    }
-)  # fmt: skip
+
+def check_exists(path: str | Path) -> None:
+    """Raises ValueError unless ``path`` is a checkpoint or a run's folder with checkpoints; reads none."""
+    path = Path(path)
+    if not ((path / MANIFEST).is_file() or checkpoints_in(path / CHECKPOINTS)):
+        raise ValueError(
+            f"{path} is no checkpoint (a folder with {MANIFEST}), and no run's folder with {CHECKPOINTS}/step-* in it"
+        )
+
+
+def check_resume(settings: RunSettings) -> None:
+    """Raises ValueError where ``resume`` names nothing; reads no checkpoint."""
+    if settings.resume is not None and settings.resume != "auto":
+        check_exists(settings.resume)
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """The file that ``path`` means: itself, or of a run's folder the final or else the latest checkpoint.
+    """The checkpoint that ``path`` means: itself, or of a run's folder the latest that is whole. Later ones that are
+    not are named on standard error.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, CheckpointError where none is whole.
     """
     path = Path(path)
-    if path.is_file():
+    check_exists(path)
+    if (path / MANIFEST).is_file():
         return path
-    final = path / CHECKPOINTS / FINAL
-    if final.is_file():
-        return final
-    saved = sorted((path / CHECKPOINTS).glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not saved:
-        raise ValueError(f"{path} is no checkpoint, and no run's folder with checkpoints/*.ckpt in it")
-    return saved[-1]
+    refused: list[str] = []
+    for found, problem in verified(path / CHECKPOINTS):
+        if problem is None:
+            for sentence in refused:
+                print(f"refused: {sentence}; taking {found.name}", file=sys.stderr)
+            return found
+        refused.append(problem)
+    raise CheckpointError(f"none of the checkpoints of {path} is whole: {'; '.join(refused)}")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The plain containers and tensors of a checkpoint, on the CPU. Raises ValueError for another kind of file."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict) or "qtrain" not in saved:
-        raise ValueError(f"{path} is no checkpoint of a qtrain run")
-    return saved
+    """The plain containers and tensors of a checkpoint, on the CPU. Raises CheckpointError unless it is whole."""
+    return load_checkpoint(Path(path))
 
 
 def saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,33 +59,9 @@ def saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return checkpoint["hyper_parameters"]["config"]
 
 
-def check_same_run(path: Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raises ValueError where ``config`` and ``data`` describe another training run than the checkpoint's."""
-    saved = read_checkpoint(path)
-    theirs = saved_config(saved)
-    keys = (set(config) | set(theirs)) - _FREE - {"data"}
-    different = [
-        f"{key}: {theirs.get(key)} there, {config.get(key)} here"
-        for key in sorted(keys)
-        if key not in ("w", "a", "g") and config.get(key) != theirs.get(key)
-    ]
-    for key in ("shards", "sequence_tokens"):
-        if saved["qtrain"]["data"][key] != data[key]:
-            different.append(f"data {key}: {saved['qtrain']['data'][key]} there, {data[key]} here")
-    if different:
-        raise ValueError(
-            f"resume={path} continues another run ({'; '.join(different)}); give the same settings, or start anew"
-        )
-    if saved["qtrain"]["step"] >= config["steps"]:
-        raise ValueError(
-            f"resume={path} stands at step {saved['qtrain']['step']} of steps={config['steps']}: nothing is left to do; "
-            "raise steps"
-        )
-
-
 @dataclass(frozen=True)
 class TrainedRun:
-    """A checkpoint with what is needed to use it. ``path``: the file. ``parts``: the run's, or with what the
+    """A checkpoint with what is needed to use it. ``path``: its folder. ``parts``: the run's, or with what the
     caller changed."""
 
     path: Path
@@ -97,7 +80,7 @@ class TrainedRun:
 
 
 def chosen_checkpoint(run: str | None, checkpoint: str | None) -> Path:
-    """The file that one of the two names; raises ValueError unless exactly one is given and exists."""
+    """The checkpoint that one of the two names; raises ValueError unless exactly one is given and exists."""
     if (run is None) == (checkpoint is None):
         raise ValueError("give either run=<a run's folder> or checkpoint=<a file>")
     return checkpoint_of(run if run is not None else str(checkpoint))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .identity import check_allowed
 
 DEVICES = ("auto", "cpu", "cuda")
 # Lightning's names: autocast over float32 parameters, and none.
@@ -40,8 +42,9 @@ class RunSettings:
     tokens a sequence. eval_every_steps, eval_windows: how often, and on how many windows (None: all), the
     validation loss is taken. checkpoint_every_steps: 0 keeps the final checkpoint only. precision: ``bf16``
     (autocast over float32 parameters) or ``fp32``. name, run, out: the folder ``out/name/run``; run None: the time.
-    baseline: a run (its folder, or a name under ``out``) to hold the result against. resume: a checkpoint, or a
-    run's folder.
+    baseline: a run (its folder, or a name under ``out``) to hold the result against. resume: a checkpoint or a run's
+    folder, continued in a folder of its own; ``auto`` continues the run ``out/name/run`` itself, where there is
+    something to continue. allow_changed: what a continuation may have different from its checkpoint.
 
     Raises ValueError, naming the value and the remedy.
     """
@@ -63,6 +66,7 @@ class RunSettings:
     out: str = "outputs"
     baseline: str | None = None
     resume: str | None = None
+    allow_changed: Sequence[str] = ()
     sample: SampleSettings = field(default_factory=SampleSettings)
 
     def __post_init__(self) -> None:
@@ -79,8 +83,13 @@ class RunSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         for name in ("name", "run"):
             value = getattr(self, name)
+            if isinstance(value, int):  # run=1 on a command line
+                object.__setattr__(self, name, value := str(value))
             if value is not None and (not value or "/" in value or value.startswith(".")):
                 raise ValueError(f"{name}={value!r}: one folder name; it lies under out={self.out}")
+        if self.resume == "auto" and self.run is None:
+            raise ValueError("resume=auto continues a run by its name: give it one, as in run=first")
+        check_allowed(self.allow_changed)
         self.accumulate(1)
 
     def accumulate(self, world_size: int) -> int:

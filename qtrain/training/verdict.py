@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """outcome: ``completed``, ``non_finite`` or ``census_failed``. step: the optimizer step (from 1) that it
+    """outcome: ``completed``, ``interrupted`` (by ``signal``; it can be resumed), ``non_finite``, ``census_failed``,
+    ``storage_failed`` or ``data_changed``. step: the optimizer step (from 1) that it
     concerns, the last one of a completed run. message: a sentence for people. quantity, value: what was not
     finite. parameter: the first, in the model's order, whose gradient is not finite; parameters: how many."""
 
@@ -19,6 +20,7 @@ class Verdict:
     value: float | None = None
     parameter: str | None = None
     parameters: int | None = None
+    signal: int | None = None
 
     @property
     def good(self) -> bool:

@@ -50,11 +50,13 @@ def check_logger(config: Mapping[str, Any]) -> None:
 
 
 def make_logger(
-    logger: Mapping[str, Any], config: Mapping[str, Any], folder: Path, experiment: str
+    logger: Mapping[str, Any], config: Mapping[str, Any], folder: Path, experiment: str, run_id: str
 ) -> Logger | None:
     """The logger that the ``logger`` part of a configuration asks for, None for ``none``.
 
-    config: the whole configuration, which becomes the run's. folder: the run's. experiment: the group.
+    config: the whole configuration, which becomes the run's. folder: the run's. experiment: the group. run_id: of all
+    attempts of the run: online they go on with one curve, offline ``wandb sync`` joins their segments, whose rows
+    have steps of their own.
     """
     check_logger(logger)
     if logger["kind"] == "none":
@@ -63,6 +65,8 @@ def make_logger(
     from lightning.pytorch.loggers import WandbLogger
 
     run = wandb.init(
+        id=run_id,
+        resume="allow",
         name=folder.name,
         group=experiment,
         dir=folder,

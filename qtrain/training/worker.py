@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from qtrain import interrupts
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -35,9 +37,10 @@ def work(task: Mapping[str, Any]) -> int:
     end_with(task["parent"])
     module, _, function = task["entry"].partition(":")
     try:
-        return int(getattr(importlib.import_module(module), function)(task["config"]))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        with interrupts.listen():
+            return int(getattr(importlib.import_module(module), function)(task["config"]))
+    except interrupts.Interrupted as stop:
+        return interrupts.exit_code(stop.signum)
     except Exception:
         traceback.print_exc()
         return 1

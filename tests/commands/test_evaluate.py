@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 
 from qtrain.commands import evaluate, generate, train
+from qtrain.training.checkpoints import write_checkpoint
+from qtrain.training.saved import checkpoint_of, read_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -75,9 +76,9 @@ def test_it_reproduces_the_final_loss_exactly(finished, tmp_path, capsys):
     assert f"{found['val_loss']:.4f} nats/token" in capsys.readouterr().out
 
 
-def test_a_checkpoint_s_file_is_enough(finished, tmp_path):
-    moved = tmp_path / "moved.ckpt"
-    shutil.copy(finished / "checkpoints" / "final.ckpt", moved)
+def test_a_checkpoint_is_enough(finished, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint_of(finished), moved)
     assert evaluate.run(composed("evaluate", f"checkpoint={moved}")) == 0
     found = json.loads((tmp_path / "evaluations" / "trained" / "evaluation.json").read_text())
     assert found["val_loss"] == json.loads((finished / "summary.json").read_text())["val_loss"]
@@ -99,14 +100,14 @@ def test_another_recipe_quantizes_the_trained_weights(finished, tmp_path):
 
 @pytest.mark.parametrize("command", [evaluate, generate], ids=["evaluate", "generate"])
 def test_a_checkpoint_names_no_code_of_its_choice(finished, tmp_path, command):
-    saved = torch.load(finished / "checkpoints" / "final.ckpt", weights_only=True)
+    saved = read_checkpoint(checkpoint_of(finished))
     saved["hyper_parameters"]["config"]["data"]["source"] = {
         "_target_": "os.mkdir",
         "path": str(tmp_path / "made"),
     }
-    torch.save(saved, tmp_path / "a.ckpt")
+    path = write_checkpoint(tmp_path, saved, step=9, tokens=9)
     with pytest.raises(ValueError, match=r"os\.mkdir"):
-        command.run(composed(command.CONFIG, f"checkpoint={tmp_path / 'a.ckpt'}"))
+        command.run(composed(command.CONFIG, f"checkpoint={path}"))
     assert not (tmp_path / "made").exists()
 
 

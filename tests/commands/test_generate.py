@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from qtrain.commands import generate
+from qtrain.training.checkpoints import write_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -22,14 +23,14 @@ def composed(*overrides: str):
     [("temperature=-1", "temperature"), ("max_new_tokens=-2", "max_new_tokens")],
 )
 def test_check_refuses(override, message, tmp_path):
-    (tmp_path / "a.ckpt").touch()
+    path = write_checkpoint(tmp_path, {"state_dict": {}}, step=1, tokens=1)
     with pytest.raises(ValueError, match=message):
-        generate.check(composed(f"checkpoint={tmp_path / 'a.ckpt'}", override))
+        generate.check(composed(f"checkpoint={path}", override))
 
 
-def test_a_file_that_is_no_checkpoint(tmp_path):
+def test_a_file_is_no_checkpoint(tmp_path):
     import torch
 
     torch.save({"x": 1}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="no checkpoint of a qtrain run"):
-        generate.run(composed(f"checkpoint={tmp_path / 'a.ckpt'}"))
+    with pytest.raises(ValueError, match=r"a\.ckpt is no checkpoint \(a folder with manifest\.json\)"):
+        generate.check(composed(f"checkpoint={tmp_path / 'a.ckpt'}"))

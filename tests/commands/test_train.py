@@ -72,7 +72,7 @@ def test_a_run_that_diverges_exits_with_3_and_no_trace(tiny, tmp_path, capsys, m
     assert "Traceback" not in errors
     folder = tmp_path / "out" / "train" / "one"
     assert json.loads((folder / "verdict.json").read_text())["step"] == 2
-    assert (folder / "checkpoints" / "last_good.ckpt").exists()
+    assert (folder / "checkpoints" / "step-000001").is_dir()
     assert (folder / "metrics.jsonl").read_text().count("\n") == 1
 
 

@@ -1,14 +1,16 @@
+import errno
+import gc
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
+import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qtrain.data import shards as shards_module
 from qtrain.data.shards import ShardError, TokenShards, token_dtype, write_shards
 from qtrain.data.tokenizers import ByteTokenizer
 
@@ -64,25 +66,6 @@ def test_round_trip_over_any_number_of_shards(tmp_path, tokenizer, shard_tokens)
         assert split.tokens_per_byte == len(want) / split.info.text_bytes
     assert shards.train.dtype == token_dtype(tokenizer.vocab_size)
     assert shards.manifest.vocab_size == tokenizer.vocab_size
-
-
-def test_manifest_says_everything(tmp_path):
-    manifest = TokenShards.open(build(tmp_path / "d", shard_tokens=10)).manifest
-    assert manifest.format_version == 1
-    assert manifest.tokenizer == {"name": "byte", "vocab_size": 257, "eot_token": 256}
-    assert manifest.dtype == "uint16"
-    assert manifest.source == {"name": "x"}
-    assert manifest.settings == {"s": 1}
-    assert [s.file for s in manifest.splits["train"].shards] == ["train-00000.bin", "train-00001.bin"]
-    assert [s.tokens for s in manifest.splits["train"].shards] == [10, 4]
-    assert (tmp_path / "d/train-00000.bin").stat().st_size == 20
-    first = np.fromfile(tmp_path / "d/train-00000.bin", dtype="<u2")
-    assert first[:6].tolist() == [*b"hello", 256]
-
-
-def test_dtype_boundary():
-    assert token_dtype(65536) == np.dtype("<u2")
-    assert token_dtype(65537) == np.dtype("<u4")
 
 
 @pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, 15), (20, 21)])
@@ -141,72 +124,6 @@ def test_broken_manifests_are_refused(tmp_path):
         TokenShards.open(directory, verify="md5")
 
 
-def test_ids_outside_the_vocabulary_never_wrap(tmp_path):
-    class Lying(WideTokenizer):
-        vocab_size = 200
-        eot_token = 199
-
-    with (
-        pytest.raises(ValueError, match=r"ids in \[300, 300\], outside \[0, 200\)"),
-        write_shards(tmp_path / "d", Lying()) as writer,
-    ):
-        writer.append("train", chr(300))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_exception_leaves_nothing(tmp_path):
-    def interrupted():
-        with write_shards(tmp_path / "d", ByteTokenizer()) as writer:
-            writer.append("train", "half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_process_leaves_no_directory(tmp_path):
-    code = textwrap.dedent("""
-        import os, signal, sys
-        from qtrain.data.shards import write_shards
-        from qtrain.data.tokenizers import ByteTokenizer
-        with write_shards(sys.argv[1], ByteTokenizer()) as writer:
-            writer.append("train", "half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-    """)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")])
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "d").exists()
-    assert TokenShards.open(build(tmp_path / "d")).train.info.documents == 3
-
-
-def test_whoever_is_second_keeps_the_first(tmp_path):
-    with write_shards(tmp_path / "d", ByteTokenizer()) as slow:
-        slow.append("train", "slow")
-        build(tmp_path / "d")
-        inode = os.stat(tmp_path / "d/train-00000.bin").st_ino
-    assert os.stat(tmp_path / "d/train-00000.bin").st_ino == inode
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
-    TokenShards.open(tmp_path / "d")
-
-
-def test_something_else_in_the_place_is_not_replaced(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d/precious.txt").write_text("mine")
-    with pytest.raises(OSError, match="not empty"):
-        build(tmp_path / "d")
-    assert (tmp_path / "d/precious.txt").read_text() == "mine"
-
-
-def test_permissions_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
-    try:
-        directory = build(tmp_path / "d")
-    finally:
-        os.umask(before)
-    assert directory.stat().st_mode & 0o777 == 0o750
-
-
 def test_pickling_carries_paths_not_tokens(tmp_path):
     with write_shards(tmp_path / "d", ByteTokenizer()) as writer:
         writer.append("train", "x" * 100_000)
@@ -226,6 +143,221 @@ def test_an_empty_split_opens(tmp_path):
     assert shards.val.read(0, 0).tolist() == []
 
 
-def test_shard_tokens_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="shard_tokens 0"):
-        build(tmp_path / "d", shard_tokens=0)
+LETTERS = 20_000  # several pages, so that a memory map would die where it is truncated
+
+
+@pytest.fixture
+def running(tmp_path):
+    """(opened shards of three train files and one val file, their folder)."""
+    with write_shards(tmp_path / "d", ByteTokenizer(), shard_tokens=LETTERS // 2) as writer:
+        writer.append("train", "ab" * (LETTERS // 2))
+        writer.append("val", "c" * (LETTERS // 4))
+    return TokenShards.open(tmp_path / "d"), tmp_path / "d"
+
+
+@pytest.fixture
+def settled(running, monkeypatch):
+    """The same, opened long after its files were written, with the paths that are hashed from then on."""
+    folder, hashed = running[1], []
+    with monkeypatch.context() as later:
+        later.setattr(
+            time, "time_ns", lambda: int(2e9 + max(p.stat().st_ctime for p in folder.iterdir()) * 1e9)
+        )
+        shards = TokenShards.open(folder)
+    time.sleep(0.02)  # past the tick of a coarse clock
+    sha256 = shards_module._ShardFile._sha256
+
+    def counted(file, handle):
+        hashed.append(file.path.name)
+        return sha256(file, handle)
+
+    monkeypatch.setattr(shards_module._ShardFile, "_sha256", counted)
+    return shards, folder, hashed
+
+
+def alter(path, at=6):
+    """Another byte in the same file; its length stays."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_truncated_file_is_an_error_that_says_where(running):
+    shards, folder = running
+    os.truncate(folder / "train-00001.bin", 10_002)
+    assert shards.train.read(0, LETTERS // 2 + 5001)[-1] == ord("a")
+    message = (
+        rf"{folder}/train-00001\.bin ends early: at byte 10000 it gave 2 of 200 bytes.*truncated.*"
+        rf"delete the folder {folder}, let it be prepared again and resume"
+    )
+    with pytest.raises(ShardError, match=message):
+        shards.train.read(LETTERS // 2 + 5000, LETTERS // 2 + 5100)
+    with pytest.raises(
+        ShardError, match=r"train-00001\.bin was altered while the run read it; go back to a check"
+    ):
+        shards.check_unchanged()
+
+
+@pytest.mark.parametrize("at_most", [1, 3, 7000])
+def test_interrupted_reads_are_continued(running, monkeypatch, at_most):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, count, at: pread(handle, min(count, at_most), at))
+    found = running[0].train.read(LETTERS // 2 - 7, LETTERS // 2 + 6)
+    assert found.tolist() == [*b"bababababababab"[:13]]
+
+
+def test_a_failing_disk_is_named(running, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(ShardError, match=r"val-00000\.bin cannot be read at byte 20: Input/output error"):
+        running[0].val.read(10, 11)
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "folder removed"])
+def test_a_run_reads_the_files_that_it_opened(running, how):
+    shards, folder = running
+    path = folder / "train-00000.bin"
+    if how == "replaced":
+        other = path.with_name("other")
+        other.write_bytes(b"\0" * path.stat().st_size)
+        other.replace(path)
+    elif how == "removed":
+        path.unlink()
+    else:
+        shutil.rmtree(folder)
+    assert shards.train.read(0, 4).tolist() == [*b"abab"]
+    shards.check_unchanged()
+    with pytest.raises(ShardError, match="prepare again"):
+        TokenShards.open(folder)
+
+
+def test_a_copy_in_another_process_opens_the_same_bytes_or_none(running):
+    """What a spawned worker of a loader receives."""
+    shards, folder = running
+    pickled, path = pickle.dumps(shards.train), folder / "train-00000.bin"
+    (folder / "copy").write_bytes(path.read_bytes())
+    (folder / "copy").replace(path)
+    assert pickle.loads(pickled).read(0, 4).tolist() == [*b"abab"]
+    (folder / "other").write_bytes(b"\0" * path.stat().st_size)
+    (folder / "other").replace(path)
+    copy = pickle.loads(pickled)
+    for _ in range(2):  # refused once is refused again
+        with pytest.raises(ShardError, match=r"train-00000\.bin was altered"):
+            copy.read(0, 4)
+    path.unlink()
+    with pytest.raises(ShardError, match=r"train-00000\.bin is missing"):
+        copy.check_unchanged()
+
+
+def test_forked_processes_share_descriptors_without_disturbing_each_other(running):
+    shards, folder = running
+    shutil.rmtree(folder)
+    child = os.fork()
+    if child == 0:
+        same = all(shards.train.read(i, i + 3).tolist() == [*b"aba"] for i in range(0, 2000, 2))
+        os._exit(0 if same else 1)
+    assert all(shards.train.read(i, i + 3).tolist() == [*b"bab"] for i in range(1, 2000, 2))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_descriptors_are_closed_with_the_object(running):
+    _, folder = running
+
+    def opened():
+        gc.collect()
+        links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.realpath(link).startswith(str(folder)) for link in links)
+
+    before = opened()
+    shards = TokenShards.open(folder)
+    assert opened() == before + 4
+    del shards
+    assert opened() == before
+    alter(folder / "val-00000.bin")
+    with pytest.raises(ShardError):
+        TokenShards.open(folder)
+    assert opened() == before
+
+
+def test_too_many_open_files_is_explained(running, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(ShardError, match=r"Too many open files; allow more open files \(ulimit -n\)"):
+        TokenShards.open(running[1])
+
+
+def test_unchanged_files_are_not_read_again(settled):
+    shards, _, hashed = settled
+    shards.check_unchanged()
+    shards.train.read(0, 10)
+    shards.check_unchanged()
+    assert hashed == []
+
+
+@pytest.mark.parametrize("when", [0, 10**9, 4 * 10**9])
+def test_a_touch_or_a_copy_in_place_costs_one_hash(settled, when):
+    """Whatever the clock says: long ago, or in a year that has not come."""
+    shards, folder, hashed = settled
+    os.utime(folder / "train-00001.bin", (when, when))
+    data = (folder / "val-00000.bin").read_bytes()
+    with (folder / "val-00000.bin").open("r+b") as file:
+        file.write(data)
+    shards.check_unchanged()
+    assert hashed == ["train-00001.bin", "val-00000.bin"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("clock_s", [-(10**8), -1, 0, 10**8])
+def test_an_altered_byte_is_found_whatever_the_clock_says(running, monkeypatch, split, clock_s):
+    folder, now = running[1], time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + clock_s * 10**9)
+    shards = TokenShards.open(folder)
+    path = folder / f"{split}-00000.bin"
+    before = path.stat()
+    time.sleep(0.02)  # past the tick of a coarse clock
+    alter(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other = {"train": "val", "val": "train"}[split]
+    getattr(shards, other).check_unchanged()
+    for check in (getattr(shards, split), shards):
+        with pytest.raises(
+            ShardError, match=rf"{path} was altered while the run read it; go back to a checkpoint"
+        ):
+            check.check_unchanged()
+    alter(path)  # undone: the bytes are those of the manifest again
+    shards.check_unchanged()
+
+
+def test_a_change_within_one_tick_of_a_coarse_clock_is_found(running, monkeypatch):
+    """The file was written just before it was opened, and altered so soon that its times stayed."""
+    folder, fstat = running[1], os.fstat
+    stats = {}
+    monkeypatch.setattr(os, "fstat", lambda handle: stats.setdefault(handle, fstat(handle)))
+    shards = TokenShards.open(folder)
+    alter(folder / "train-00002.bin", at=0)
+    with pytest.raises(ShardError, match=r"train-00002\.bin was altered"):
+        shards.check_unchanged()
+
+
+def test_a_longer_file_was_altered(settled):
+    shards, folder, hashed = settled
+    with (folder / "train-00002.bin").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ShardError, match=r"train-00002\.bin was altered"):
+        shards.train.check_unchanged()
+    assert hashed == []
+
+
+def test_data_opened_by_size_are_checked_by_their_bytes(running):
+    _, folder = running
+    shards = TokenShards.open(folder, verify="size")
+    shards.check_unchanged()
+    alter(folder / "train-00000.bin")
+    with pytest.raises(ShardError, match="was altered while"):
+        shards.check_unchanged()

@@ -198,6 +198,61 @@ def test_sampler_resumes_where_it_stopped():
     assert list(GlobalBatchSampler(start_step=9, **sizes)) == []
 
 
+GLOBAL = 24
+
+
+@st.composite
+def schedules(draw):
+    """(steps of a segment, world size, micro-batch, accumulate) of the segments of a run with a batch of GLOBAL."""
+    cut = []
+    for steps in draw(st.lists(st.integers(1, 5), min_size=1, max_size=6)):
+        world = draw(st.sampled_from([w for w in range(1, GLOBAL + 1) if GLOBAL % w == 0]))
+        micro = draw(st.sampled_from([m for m in range(1, GLOBAL + 1) if GLOBAL // world % m == 0]))
+        cut.append((steps, world, micro, GLOBAL // world // micro))
+    return cut
+
+
+@settings(deadline=None, max_examples=60)
+@given(schedule=schedules(), tokens=st.integers(60, 400), seed=st.integers(0, 2**32))
+def test_no_sample_is_repeated_or_left_out_when_processes_and_micro_batches_change(
+    tmp_path_factory, schedule, tokens, seed
+):
+    """Step by step the samples, their order and their tokens are those of one process with one micro-batch, whose
+    epochs (of a few steps, or less than one) each take every window once."""
+    windows = TokenWindows(counted(tmp_path_factory, tokens), 10, seed)
+    taken, at = [], 0
+    for steps, world, micro, accumulate in schedule:
+        sizes = {"global_batch": GLOBAL, "micro_batch": micro, "world_size": world, "accumulate": accumulate}
+        ranks = [
+            iter(GlobalBatchSampler(start_step=at, max_steps=10**6, rank=rank, **sizes))
+            for rank in range(world)
+        ]
+        for _ in range(steps * accumulate):
+            for rank in ranks:
+                taken += next(rank)
+        at += steps
+    assert taken == list(range(at * GLOBAL))
+    n = windows.windows_per_epoch
+    whole = TokenWindows(windows.split, 10, seed)
+    starts = [windows.start(i) for i in taken]
+    assert starts == [whole.start(i) for i in range(at * GLOBAL)]
+    for first in range(0, len(starts) - n + 1, n):
+        epoch = sorted(starts[first : first + n])
+        assert epoch == list(range(epoch[0], epoch[0] + 10 * n, 10))
+        assert [int(windows[taken[i]]["input"][0]) for i in range(first, first + n)] == starts[
+            first : first + n
+        ]
+
+
+def counted(tmp_path_factory, tokens):
+    """One folder of shards a length, for all examples."""
+    folder = tmp_path_factory.getbasetemp() / "counted"
+    folder.mkdir(exist_ok=True)
+    if (folder / f"d{tokens}").is_dir():
+        return TokenShards.open(folder / f"d{tokens}").train
+    return make_split(folder, tokens, shard_tokens=97)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,8 +10,10 @@ import yaml
 
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
+from qtrain.training.checkpoints import MANIFEST, TRAINING, WEIGHTS
 from qtrain.training.fit import train
 from qtrain.training.report import table_rows
+from qtrain.training.resume import StartRefused
 from qtrain.training.saved import checkpoint_of, read_checkpoint
 
 
@@ -52,9 +54,9 @@ def test_the_folder_is_complete(finished):
         "sample.txt",
         "summary.json",
         "verdict.json",
-        "checkpoints/step-000020.ckpt",
-        "checkpoints/step-000030.ckpt",
-        "checkpoints/final.ckpt",
+        "attempts.jsonl",
+        ".lock",
+        *(f"checkpoints/step-{n}/{f}" for n in ("000030", "000040") for f in PARTS),
     }
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -79,7 +81,7 @@ def test_the_table_says_what_the_summary_says(finished, capsys):
 
 
 def test_checkpoints_hold_plain_containers(finished):
-    saved = torch.load(finished[0] / "checkpoints" / "final.ckpt", weights_only=True)
+    saved = read_checkpoint(finished[0] / "checkpoints" / "step-000040")
     assert saved["hyper_parameters"] == {"config": finished[1]}
     assert saved["qtrain"]["step"] == 40
     assert saved["qtrain"]["tokens"] == 40 * 4 * 32
@@ -88,7 +90,7 @@ def test_checkpoints_hold_plain_containers(finished):
 
 
 def test_a_second_run_of_that_name_is_refused(finished):
-    with pytest.raises(FileExistsError, match="choose another run="):
+    with pytest.raises(StartRefused, match="choose another run="):
         train(assemble(finished[1]))
 
 
@@ -117,6 +119,8 @@ def test_a_missing_baseline_is_refused(configure, tmp_path):
         train(assemble(configure(tmp_path, "baseline=nobody")))
 
 
+PARTS = (MANIFEST, TRAINING, WEIGHTS)
+
 STRESS = ["recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "micro_batch_sequences=2"]
 
 
@@ -134,7 +138,7 @@ def straight(configure, tmp_path_factory):
 
 def test_resume_is_bitwise(straight, configure):
     folder, overrides = straight
-    resume = folder / "checkpoints" / "step-000007.ckpt"
+    resume = folder / "checkpoints" / "step-000007"
     config = configure(folder.parents[1], *overrides, "run=two", f"resume={resume}")
     verdict, resumed = train(assemble(config))
     assert verdict.good
@@ -156,7 +160,7 @@ def test_resume_is_bitwise(straight, configure):
 
 def test_resume_of_another_run_is_refused(straight, configure):
     folder, overrides = straight
-    resume = folder / "checkpoints" / "step-000007.ckpt"
+    resume = folder / "checkpoints" / "step-000007"
     config = configure(folder.parents[1], *overrides, f"resume={resume}", "optimizer.lr=1e-4", "seed=3")
     with pytest.raises(ValueError, match=r"optimizer: .*seed: 0 there, 3 here"):
         train(assemble(config))

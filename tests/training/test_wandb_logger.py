@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 from qtrain.training.assembly import assemble
+from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
+from qtrain.training.run_folder import read_lines
 from qtrain.training.wandb_logger import check_logger, logged_in, resolved_mode
+
+from .wandb_records import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +66,31 @@ def test_an_offline_run(configure, tmp_path, monkeypatch):
         assert expected in text, expected
     files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
     assert not [p for p in files if b"0123456789abcdef0123456789abcdef01234567" in p.read_bytes()]
+
+
+def test_a_resumed_run_is_one_curve(configure, tmp_path):
+    """Its segments have one id, steps of their own, and the same values where they overlap."""
+    more = [
+        "logger=wandb",
+        "logger.mode=offline",
+        "run=one",
+        "resume=auto",
+        "checkpoint_every_steps=2",
+        "~callbacks.census",
+    ]
+    _, folder = train(assemble(configure(tmp_path, *more, "steps=5")))
+    shutil.rmtree(folder / "checkpoints" / "step-000005")  # as if it had died after the step
+    (folder / "verdict.json").unlink()
+    verdict, _ = train(assemble(configure(tmp_path, *more, "steps=7")))
+    assert verdict.good
+    first, second = (
+        read_run(log) for log in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime)
+    )
+    assert first[0] == second[0] == read_lines(folder / "attempts.jsonl")[0]["run_id"]
+    losses = [{r["_step"]: r["train/loss"] for r in rows if "train/loss" in r} for _, rows in (first, second)]
+    assert [sorted(found) for found in losses] == [[1, 2, 3, 4, 5], [5, 6, 7]]
+    assert losses[0][5] == losses[1][5]
+    curve = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert {r["step"]: r["loss"] for r in curve} == {**losses[0], **losses[1]}
+    tokens = {r["_step"]: r["tokens"] for r in second[1] if "train/loss" in r}
+    assert tokens == {step: step * 4 * 32 for step in (5, 6, 7)}

@@ -21,10 +21,10 @@ from qtrain.nn.compiled import compare_compiled
 
 from ..module import QuantizedTransformer
 from ..processes import any_rank
-from ..run_folder import write_json, write_text
+from ..run_folder import CENSUS, write_json, write_text
 from ..verdict import RunStopped, Verdict
 
-CENSUS, SURGERY = "census.json", "surgery.txt"
+SURGERY = "surgery.txt"
 
 
 class CensusAtStart(Callback):

@@ -2,13 +2,12 @@
 
 It decides when the gradient is complete (accumulated and, over several processes, reduced: so all decide alike),
 before clipping and before the optimizer. The weights are then those of the last good step; they are saved, with
-optimizer and position, as ``checkpoints/last_good.ckpt``.
+optimizer and position, as that step's checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from torch.optim import Optimizer
 
 from ..module import QuantizedTransformer, StepReading
 from ..processes import any_rank, summed
-from ..run_folder import CHECKPOINTS
 from ..verdict import RunStopped, Verdict
-
-LAST_GOOD = "last_good.ckpt"
+from .checkpoint import checkpoint_writer, save
 
 
 class Guard(Callback):
@@ -33,7 +30,8 @@ class Guard(Callback):
         if not any_rank(not (math.isfinite(reading.loss) and math.isfinite(reading.grad_norm))):
             return
         verdict = judge(pl_module, reading)
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINTS / LAST_GOOD)
+        save(trainer)
+        checkpoint_writer(trainer).wait()
         raise RunStopped(verdict)
 
 

@@ -3,7 +3,7 @@
     {"kind": "train", "step", "tokens", "loss", "grad_norm", "clipped", "lr", "seconds", "tokens_per_s"}
     {"kind": "val", "step", "tokens", "val_loss", "val_bits_per_byte", "seconds"}
 
-Losses are nats per token, ``step`` counts optimizer steps from 1, ``seconds`` since training began, and
+Losses are nats per token, ``step`` counts optimizer steps from 1, ``seconds`` of training (of earlier attempts too), and
 ``tokens_per_s`` is that of the one step. Each line is flushed when it is written, so a killed run keeps all of
 them but at most a part of the last; ``read_metrics`` leaves that part out. The rows go to the trainer's loggers too.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,9 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, Trainer
 
 from ..module import QuantizedTransformer
-from ..run_folder import jsonable
+from ..run_folder import jsonable, read_lines, write_text
+from ..verdict import RunStopped
+from .checkpoint import storage_verdict
 
 METRICS = "metrics.jsonl"
 
@@ -32,17 +35,23 @@ def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; nan and inf as floats. Raises ValueError for a broken line that is not the
     last."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break  # the process died while it wrote this one
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error.msg}); the file was altered") from error
-        rows.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
-    return rows
+    return [
+        {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        for row in read_lines(Path(path))
+    ]
+
+
+def rewind_metrics(path: Path, step: int, *, last: bool) -> None:
+    """Leaves out the rows that a run resumed at ``step`` computes again, and a half-written last line. last: nothing
+    but the final validation is left to do."""
+    if not path.is_file():
+        return
+    kept = [
+        row
+        for row in read_lines(path)
+        if row["step"] <= step and not (last and row["kind"] == "val" and row["step"] == step)
+    ]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class MetricsJSONL(Callback):
@@ -53,11 +62,19 @@ class MetricsJSONL(Callback):
         self._begun = self._previous = 0.0
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        before = 0.0
         if trainer.is_global_zero:
-            self._file = (Path(trainer.default_root_dir) / METRICS).open("a", encoding="utf-8")
-        self._begun = self._previous = time.perf_counter()
+            path = Path(trainer.default_root_dir) / METRICS
+            rows = read_metrics(path) if path.is_file() else []
+            before = rows[-1]["seconds"] if rows else 0.0  # a resumed run's time goes on
+            self._file = path.open("a", encoding="utf-8")
+        self._previous = time.perf_counter()
+        self._begun = self._previous - before
         self._step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._step, self._previous = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         assert isinstance(pl_module, QuantizedTransformer)
@@ -101,8 +118,11 @@ class MetricsJSONL(Callback):
     def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(jsonable(row)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(jsonable(row)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunStopped(storage_verdict(trainer, f"{METRICS}: {error}")) from error
         prefix = row["kind"]
         axes = {k: row[k] for k in ("step", "tokens")}
         # Floats: W&B draws no curve of booleans
@@ -110,7 +130,13 @@ class MetricsJSONL(Callback):
             f"{prefix}/{k.removeprefix('val_')}": float(v) for k, v in row.items() if k not in ("kind", *axes)
         }
         for logger in trainer.loggers:
-            logger.log_metrics({**axes, **values}, step=row["step"])
+            # With a step of its own: the segments of a resumed run then stay one curve
+            logger.experiment.log({**axes, **values}, step=row["step"])  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """What a checkpoint says was done is on the disk before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """After the last validation."""

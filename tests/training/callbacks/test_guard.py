@@ -70,7 +70,7 @@ def test_the_metrics_end_before_it(stopped):
 
 def test_the_last_good_state_is_that_after_the_step_before(stopped, configure):
     _, folder, out = stopped
-    saved = read_checkpoint(folder / "checkpoints" / "last_good.ckpt")
+    saved = read_checkpoint(folder / "checkpoints" / "step-000002")
     assert saved["qtrain"]["step"] == 2
     _, short = train(assemble(configure(out, *TWO, "steps=2", "name=short")))
     reference = read_checkpoint(checkpoint_of(short))

@@ -1,0 +1,73 @@
+"""What makes two trainings the same: the recipe's digest, the plan of a model, and what a continuation may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qtrain.nn.surgery import SurgeryReport
+from qtrain.quant import ModelRecipe
+
+# Where it writes, how long it is, how it is watched and spread over machines: none of it changes a step.
+FREE = frozenset(
+    {
+        "name", "run", "out", "baseline", "resume", "allow_changed", "steps", "compile", "device", "trainer", "logger",
+        "callbacks", "eval_every_steps", "eval_windows", "checkpoint_every_steps", "micro_batch_sequences",
+        "activation_checkpointing", "sample",
+    }
+)  # fmt: skip
+# Short knobs, which say nothing that the recipe does not
+_KNOBS = frozenset({"w", "a", "g"})
+# What a continuation may change when it is asked to. All else is restored from the checkpoint (the optimizer's
+# hyperparameters, the schedule) or would not fit it (the model, the formats of the states)
+CHANGEABLE = ("recipe",)
+
+
+def recipe_digest(recipe: ModelRecipe) -> str:
+    """sha256 of what the recipe says, however it was spelled: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:
+    """How each linear layer is computed: {"compute", "layers": {name: {operand: spec or None}}}."""
+    layers = {
+        name: {operand: None if v is None else str(v) for operand, v in layer.operands().items()}
+        for name, layer in surgery.plan.items()
+    }
+    return {"compute": recipe.compute, "layers": layers}
+
+
+def check_allowed(names: Sequence[str]) -> None:
+    """Raises ValueError for something that a continuation cannot change."""
+    unknown = [name for name in names if name not in CHANGEABLE]
+    if unknown:
+        raise ValueError(
+            f"allow_changed={list(names)!r}: a resumed run can change {', '.join(CHANGEABLE)}; everything else comes "
+            "from its checkpoint"
+        )
+
+
+def differences(
+    saved: Mapping[str, Any], config: Mapping[str, Any], recipe: ModelRecipe, data: Mapping[str, Any]
+) -> list[str]:
+    """What ``config``, ``recipe`` and ``data`` describe otherwise than the checkpoint ``saved`` has it, a sentence
+    each. Recipes are compared by what they mean, not by how they are written."""
+    theirs = saved["hyper_parameters"]["config"]
+    keys = (set(config) | set(theirs)) - FREE - _KNOBS - {"data", "recipe"}
+    found = [
+        f"{key}: {theirs.get(key)} there, {config.get(key)} here"
+        for key in sorted(keys)
+        if config.get(key) != theirs.get(key)
+    ]
+    facts = saved["qtrain"]
+    if facts["recipe_sha256"] != recipe_digest(recipe) and "recipe" not in config.get("allow_changed", ()):
+        found.append(
+            f"recipe: {theirs['recipe']} there, {config['recipe']} here (allow_changed=[recipe] goes on with it)"
+        )
+    for key in ("shards", "sequence_tokens"):
+        if facts["data"][key] != data[key]:
+            found.append(f"data {key}: {facts['data'][key]} there, {data[key]} here")
+    return found

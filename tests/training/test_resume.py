@@ -1,0 +1,291 @@
+"""A resumed run is the same run, and goes on from what is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from qtrain.training.assembly import assemble
+from qtrain.training.callbacks.metrics_jsonl import read_metrics
+from qtrain.training.checkpoints import WEIGHTS, checkpoints_in
+from qtrain.training.fit import train
+from qtrain.training.resume import StartRefused
+from qtrain.training.run_folder import lock_run, read_lines
+from qtrain.training.saved import read_checkpoint
+
+from .same_run import assert_same, curve, state
+
+# Everything that could depend on what ran before
+HISTORY = [
+    "recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "+model.dropout=0.1", "micro_batch_sequences=2",
+    "activation_checkpointing=true", "schedule=cosine", "schedule.warmup_steps=2",
+]  # fmt: skip
+NO_CENSUS = "~callbacks.census"
+FORMATS = {
+    "float32": ("none", "none"),
+    "dynamic8": ("dynamic8", "dynamic8"),
+    "dynamic8 stochastic": ("dynamic8_sr", "dynamic8_sr"),
+    "4 bits": ("dynamic4", "linear4_nozero"),
+    "int8 row": ("int8_row", "uint8_row"),
+    "int8 tensor": ("int8_tensor", "int8_tensor"),
+    "int4 with zero points": ("int4_row_asym", "uint4_group128_sr"),
+    "fp8": ("e4m3_row", "e5m2_row"),
+    "mxfp8": ("mxfp8", "mxfp8"),
+    "nvfp4": ("nvfp4", "e4m3_tensor"),
+}
+
+
+class Stops(Callback):
+    """Breaks off like a crash, after ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def crash_then_resume(configure, out, overrides, *, at: int) -> object:
+    """A run ``crashed`` that breaks off before step ``at`` + 1, and goes on by the same command."""
+    config = configure(out, *overrides, "run=crashed", "resume=auto")
+    crashing = {
+        **config,
+        "callbacks": {**config["callbacks"], "stops": {"_target_": "tests.stops", "step": at}},
+    }
+    parts = assemble(config)
+    from qtrain.training import fit
+
+    built = fit.build
+
+    def build(c):
+        return Stops(at) if c.get("_target_") == "tests.stops" else built(c)
+
+    fit.build = build
+    try:
+        with pytest.raises(RuntimeError, match="crash"):
+            train(assemble(crashing))
+    finally:
+        fit.build = built
+    verdict, folder = train(parts)
+    assert verdict.good
+    return folder
+
+
+@pytest.mark.parametrize("states", FORMATS.values(), ids=FORMATS)
+def test_resume_is_bitwise(configure, tmp_path, states):
+    """20 steps straight, and 10, 3 lost, 10."""
+    overrides = [*HISTORY, NO_CENSUS, "steps=20", "checkpoint_every_steps=10", "eval_every_steps=5", "model.width=64",
+                 "model.heads=2", f"m1={states[0]}", f"m2={states[1]}"]  # fmt: skip
+    _, straight = train(assemble(configure(tmp_path, *overrides, "run=straight")))
+    resumed = crash_then_resume(configure, tmp_path, overrides, at=13)
+    assert [r["step"] for r in read_lines(resumed / "attempts.jsonl")] == [0, 10]
+    assert_same(straight, resumed)
+    kinds = {name.rsplit("/", 1)[1] for name in state(straight)}
+    assert ("exp_avg" in kinds, "exp_avg.codes" in kinds) == (True, states[0] != "none")
+
+
+SMALL = [
+    "steps=6",
+    "eval_every_steps=2",
+    "checkpoint_every_steps=2",
+    "callbacks.checkpoint.keep=null",
+    NO_CENSUS,
+]
+
+
+@pytest.fixture(scope="module")
+def whole(configure, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    verdict, folder = train(assemble(configure(out, *SMALL, "run=whole")))
+    assert verdict.good
+    return folder
+
+
+def copied(whole, out, *, latest: int):
+    """The run as it was when the checkpoint of step ``latest`` was its last, and it died one step on."""
+    folder = out / "train" / "again"
+    shutil.copytree(whole, folder)
+    for path in checkpoints_in(folder / "checkpoints"):
+        if int(path.name[5:]) > latest:
+            shutil.rmtree(path)
+    for name in ("verdict.json", "summary.json"):
+        (folder / name).unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [r for r in rows if json.loads(r)["step"] <= latest + 1]
+    (folder / "metrics.jsonl").write_text("".join(kept) + '{"kind": "train", "st')
+    return folder
+
+
+AGAIN = ["run=again", "resume=auto"]
+
+
+@pytest.mark.parametrize("latest", [0, 2, 4, 6])
+def test_a_run_goes_on_in_its_folder(whole, configure, tmp_path, latest):
+    folder = copied(whole, tmp_path, latest=latest)
+    before = len(read_lines(folder / "attempts.jsonl"))
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert again == folder
+    assert_same(whole, again)
+    attempts = read_lines(folder / "attempts.jsonl")
+    assert len(attempts) == before + 1
+    assert attempts[-1]["step"] == latest
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+    seconds = [r["seconds"] for r in read_metrics(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+
+
+def test_nothing_is_left_of_a_finished_run(whole, configure, tmp_path):
+    folder = tmp_path / "train" / "again"
+    shutil.copytree(whole, folder)
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert "before" in verdict.message
+    assert files == {p: p.read_bytes() for p in again.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_finished_run_is_made_longer(whole, configure, tmp_path):
+    shutil.copytree(whole, tmp_path / "train" / "again")
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=8")))
+    assert verdict.good
+    _, longer = train(assemble(configure(tmp_path, *SMALL, "run=longer", "steps=8")))
+    assert_same(longer, again)
+
+
+def test_a_new_name_starts_anew(configure, tmp_path):
+    verdict, folder = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=1")))
+    assert verdict.good
+    assert folder == tmp_path / "train" / "again"
+    assert read_lines(folder / "attempts.jsonl")[0]["step"] == 0
+
+
+def test_auto_needs_a_name(configure, tmp_path):
+    with pytest.raises(ValueError, match=r"give it one, as in run=first"):
+        assemble(configure(tmp_path, "resume=auto"))
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(whole, configure, tmp_path, capsys):
+    folder = copied(whole, tmp_path, latest=6)
+    place = folder / "checkpoints"
+    with (place / "step-000006" / WEIGHTS).open("r+b") as file:
+        file.truncate(1000)
+    (place / "step-000004" / "training.pt").unlink()
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert_same(whole, again)
+    said = capsys.readouterr().err
+    assert "step-000006: weights.pt is 1000 bytes long" in said
+    assert "step-000004: training.pt is missing" in said
+    attempt = read_lines(folder / "attempts.jsonl")[-1]
+    assert attempt["step"] == 2
+    assert len(attempt["refused"]) == 2
+    names = sorted(p.name for p in place.iterdir())
+    assert names == ["refused-step-000004", "refused-step-000006", *(f"step-00000{n}" for n in (2, 4, 6))]
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_the_own_one_taken(whole, configure, tmp_path, capsys):
+    folder = copied(whole, tmp_path, latest=2)
+    _, other = train(assemble(configure(tmp_path, *SMALL, "run=other", "seed=5", "steps=4")))
+    shutil.copytree(other / "checkpoints" / "step-000004", folder / "checkpoints" / "step-000004")
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert_same(whole, again)
+    assert "step-000004 is of another run (seed: 5 there, 0 here)" in capsys.readouterr().err
+    assert (folder / "checkpoints" / "refused-step-000004").is_dir()
+
+
+def test_with_no_whole_checkpoint_nothing_is_started_or_changed(whole, configure, tmp_path):
+    folder = copied(whole, tmp_path, latest=4)
+    for path in checkpoints_in(folder / "checkpoints"):
+        (path / WEIGHTS).write_bytes(b"")
+    files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(StartRefused, match=r"no checkpoint to go on from: .*step-000004.*step-000002"):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert files == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_one_process_a_run(whole, configure, tmp_path):
+    folder = copied(whole, tmp_path, latest=4)
+    with lock_run(folder), pytest.raises(ValueError, match=r"is being trained by process \d+ on "):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=1e-4", "optimizer: .*0.0001"),
+        ("seed=3", "seed: 0 there, 3 here"),
+        ("w=int4_row", r"recipe: .*allow_changed=\[recipe\]"),
+        ("m2=dynamic4", "m2: dynamic8 there, dynamic4 here"),
+        ("batch_sequences=8", "batch_sequences: 4 there, 8 here"),
+        ("model.layers=2", "model: "),
+        ("precision=fp32", "precision: bf16 there, fp32 here"),
+    ],
+)
+def test_another_run_is_refused_in_place_too(whole, configure, tmp_path, change, message):
+    folder = copied(whole, tmp_path, latest=4)
+    with pytest.raises(ValueError, match=message):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN, change)))
+    assert len(read_lines(folder / "attempts.jsonl")) == 1
+    assert curve(folder, 0)[-1]["step"] == 5
+
+
+def test_another_spelling_is_the_same_recipe(whole, configure, tmp_path):
+    copied(whole, tmp_path, latest=4)
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "w={format: int8}", "a=int8")))
+    assert verdict.good
+    assert_same(whole, again)
+
+
+def test_a_changed_recipe_goes_on_when_asked_for(whole, configure, tmp_path):
+    folder = copied(whole, tmp_path, latest=4)
+    changed = ["w=int4_row", "allow_changed=[recipe]"]
+    verdict, _ = train(assemble(configure(tmp_path, *SMALL, *AGAIN, *changed)))
+    assert verdict.good
+    plan = read_checkpoint(folder / "checkpoints" / "step-000006")["qtrain"]["plan"]
+    assert {layer["fprop.weight"] for layer in plan["layers"].values()} == {"int4 row"}
+    rows, old = curve(folder), curve(whole)
+    assert [r["loss"] for r in rows if r["kind"] == "train"][:4] == [
+        r["loss"] for r in old if r["kind"] == "train"
+    ][:4]
+    assert rows[-1] != old[-1]
+
+
+def test_only_the_recipe_can_be_changed(configure, tmp_path):
+    with pytest.raises(ValueError, match=r"allow_changed=\['optimizer'\]: a resumed run can change recipe"):
+        assemble(configure(tmp_path, "allow_changed=[optimizer]"))
+
+
+def test_a_checkpoint_says_what_the_run_was(whole):
+    facts = read_checkpoint(whole / "checkpoints" / "step-000004")["qtrain"]
+    assert (facts["step"], facts["tokens"], facts["next_sample"]) == (4, 4 * 4 * 32, 16)
+    assert facts["random"] == {"seed": 0, "step": 4}
+    assert facts["plan"]["compute"] == "simulated"
+    assert facts["plan"]["layers"]["blocks.0.attn.o"]["fprop.weight"] == "int8 row"
+    assert facts["versions"]["torch"] == torch.__version__
+    assert len(facts["recipe_sha256"]) == 64
+
+
+def test_clocks_that_jump_change_nothing(whole, configure, tmp_path, monkeypatch):
+    """The time of day goes back and forth by years between any two looks at it."""
+    now, looks = time.time, [0]
+
+    def jumping():
+        looks[0] += 1
+        return now() + (-1) ** looks[0] * 1e8
+
+    monkeypatch.setattr(time, "time", jumping)
+    folder = copied(whole, tmp_path, latest=4)
+    verdict, _ = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert_same(whole, folder)
+    seconds = [r["seconds"] for r in read_metrics(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] < 1000
