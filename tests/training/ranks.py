@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from qtrain.training.assembly import Assembly, assemble
+from qtrain.training.checkpoints import checkpoint_name
 from qtrain.training.datamodule import WindowsDataModule, open_shards
 from qtrain.training.fit import _training_trainer, train
 from qtrain.training.module import QuantizedTransformer
@@ -44,11 +45,11 @@ class GradientSyncs(Callback):
 
 
 def reload(parts: Assembly, checkpoint: str, out: str) -> None:
-    """Takes over a checkpoint, trains no step, saves it again, and evaluates: ``saved.ckpt`` and ``windows.json``."""
+    """Takes over a checkpoint, trains no step, saves it again, and evaluates: ``step-NNNNNN`` and ``windows.json``."""
     module, data = QuantizedTransformer(parts), WindowsDataModule(parts, open_shards(parts))
     trainer = _training_trainer(parts, Path(out), None, [])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(Path(out) / "saved.ckpt")
+    trainer.save_checkpoint(Path(out) / checkpoint_name(trainer.global_step))
     trainer.validate(module, data, verbose=False)
     if rank() == 0:
         (Path(out) / "windows.json").write_text(json.dumps(module.window_losses.tolist()))
