@@ -14,7 +14,7 @@ from qtrain.training.checkpoints import checkpoint_name
 from qtrain.training.datamodule import WindowsDataModule, open_shards
 from qtrain.training.fit import _training_trainer, train
 from qtrain.training.module import QuantizedTransformer
-from qtrain.training.processes import any_rank, by_rank_zero, connected, rank, summed, world_size
+from qtrain.training.processes import connected, rank
 
 
 class PoisonRankOne(Callback):
@@ -66,29 +66,4 @@ def work(task: dict[str, Any]) -> int:
             else:
                 ends.append(train(parts)[0].as_dict())
     Path(task["out"], f"ends-{rank()}.json").write_text(json.dumps(ends))
-    return 0
-
-
-def collectives(task: dict[str, Any]) -> int:
-    """The few collectives, as each rank sees them."""
-    import torch
-
-    from qtrain.training.assembly import ProcessSettings
-    from qtrain.training.processes import RankZeroFailed, broadcast, rank_zero_first
-
-    found: dict[str, Any] = {}
-    out = Path(task["out"])
-    with connected(ProcessSettings(devices=3), "cpu"):
-        found["place"] = [rank(), world_size()]
-        found["broadcast"] = broadcast({"from": rank(), "path": Path("a") / str(rank())}["path"].as_posix())
-        found["any"] = [any_rank(rank() == 2), any_rank(False), any_rank(True)]
-        found["sum"] = str(summed(torch.tensor([rank(), 1.0, math.nan if rank() == 1 else 0.0])).tolist())
-        found["alone"] = by_rank_zero(lambda: (out / "alone").mkdir() or rank())
-        made = rank_zero_first(lambda: (out / "first").exists() or (out / "first").write_text("") or "made")
-        found["first"] = made
-        try:
-            by_rank_zero(lambda: (out / "alone").mkdir())
-        except (FileExistsError, RankZeroFailed) as error:
-            found["error"] = f"{type(error).__name__}: {error}"
-    (out / f"found-{rank()}.json").write_text(json.dumps(found))
     return 0

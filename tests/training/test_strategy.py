@@ -11,6 +11,7 @@ off by 2e-6 to 5e-6, and by 2e-4 with its dropout masks.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,20 @@ from typing import NamedTuple
 import pytest
 import ranks
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.nn.surgery import apply_recipe
+from qtrain.quant import DgradRecipe, FpropRecipe, LinearRecipe, ModelRecipe, WgradRecipe
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 from qtrain.training.launcher import launch
+from qtrain.training.processes import ProcessSettings, connected
 from qtrain.training.saved import checkpoint_of, read_checkpoint
+from qtrain.training.strategy import compile_for, gathered_state_dict, load_whole_state_dict, shard
 
 STEPS, BATCH = 4, 8
 COMMON = [
@@ -51,6 +60,7 @@ RECIPES = {
     # Tied: 257 rows, over 4 processes 65, 65, 65 and 62
     "qpt": ["recipe=qpt", "+model.tie_embeddings=true", "checkpoint_every_steps=2", "~callbacks.census"],
 }
+RESUMED = [("fsdp2", 2), ("ddp", 4)]
 PLACES = [(strategy, world) for world in (2, 4) for strategy in ("ddp", "fsdp2")]
 
 
@@ -109,7 +119,8 @@ def several(configure, out: Path, world: int) -> None:
             syncs = "GradientSyncs" if (strategy, name) == ("ddp", "none") else None
             add(*place, *more, f"name={name}", callback=syncs)
         resumed = [*place, *RECIPES["qpt"], "name=resumed", f"resume={middle}"]
-        add(*resumed)
+        if (strategy, world) in RESUMED:
+            add(*resumed)
         add(*resumed, "steps=2", f"out={out / f'reload-{strategy}-{world}'}", reload=middle)
         if world == 2:
             add(*place, *RECIPES["none"], "name=poisoned", callback="PoisonRankOne")
@@ -225,7 +236,7 @@ def test_a_checkpoint_is_taken_over_bit_for_bit(all_runs, out, reloaded, strateg
     assert windows == json.loads((reloaded / "windows.json").read_text())
 
 
-@pytest.mark.parametrize(("strategy", "world"), PLACES)
+@pytest.mark.parametrize(("strategy", "world"), RESUMED)
 def test_a_run_goes_on_in_other_processes(all_runs, single, out, strategy, world):
     """From one process's checkpoint; two steps later it is where that process was."""
     rows = read_metrics(out / "resumed" / f"{strategy}-{world}" / "metrics.jsonl")
@@ -261,3 +272,128 @@ def test_the_states_that_are_reported_are_those_of_the_whole_model(all_runs, out
             more = numbers["optimizer_state_bytes"][key] - one["optimizer_state_bytes"][key]
             assert 0 <= more <= 4 * 30 * world, (strategy, world, key)
         assert numbers["parameters"] == one["parameters"]
+
+
+@pytest.fixture
+def one_of_fsdp2():
+    """A process group of this process alone, which FSDP2 shards over."""
+    with connected(ProcessSettings(strategy="fsdp2"), "cpu"):
+        yield init_device_mesh("cpu", (1,))
+
+
+def small_gpt(layers: int = 2, **recipe: str) -> nn.Module:
+    model = GPT(
+        GPTConfig(vocab_size=13, sequence_tokens=8, layers=layers, heads=2, width=16, tie_embeddings=True)
+    )
+    if recipe:
+        fprop = FpropRecipe(**recipe)
+        backward = {"dgrad": DgradRecipe(weight="fprop"), "wgrad": WgradRecipe(input="fprop")}
+        apply_recipe(model, ModelRecipe(linear=LinearRecipe(fprop=fprop, **backward), exclude=["lm_head"]))
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    tokens = torch.arange(16).view(2, 8) % 13
+    model(tokens).square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+
+
+def test_a_run_of_fsdp2_in_one_process(configure, out, single, one_of_fsdp2):
+    more = [*RECIPES["qpt"], "name=qpt", "run=fsdp2-1", "trainer.strategy=fsdp2"]
+    verdict, folder = train(assemble(configure(out, *COMMON, *more)))
+    assert verdict.good
+    run, one = run_of(folder), single["qpt"]
+    torch.testing.assert_close(run.losses, one.losses, rtol=1e-6, atol=0)
+    assert layout(run.checkpoint["state_dict"]) == layout(one.checkpoint["state_dict"])
+
+
+ALIKE = {"input": "int8_row", "weight": "int4_row"}
+DRAWING = {"input": "int8_row_sr", "weight": "int8_row"}
+
+
+# Blocks that are alike share their code; where they draw, bits go by the layer's name. And lm_head
+@pytest.mark.parametrize(("layers", "recipe", "graphs"), [(3, ALIKE, 2), (10, DRAWING, 11)])
+def test_blocks_are_compiled_and_sharded_by_themselves(one_of_fsdp2, monkeypatch, layers, recipe, graphs):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, model = small_gpt(layers, **recipe), small_gpt(layers, **recipe)
+    names = list(model.state_dict())
+    with torch._dynamo.config.patch(recompile_limit=8):  # dynamo's own; beyond it code runs uncompiled
+        compile_for(model, "fsdp2")
+        shard(model, one_of_fsdp2)
+        assert list(model.state_dict()) == names
+        expected = gradients(plain)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_ddp_compiles_whole_graphs():
+    """Else dynamo cuts them where a bucket of gradients ends, which raises on a layer with a backward of its own."""
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        compile_for(nn.Linear(2, 2), "none")
+        assert torch._dynamo.config.optimize_ddp
+        compile_for(nn.Linear(2, 2), "ddp")
+        assert not torch._dynamo.config.optimize_ddp
+
+
+def test_a_state_dict_after_a_forward_alone(one_of_fsdp2):
+    """The outermost parameters are whole then, and no DTensors."""
+    plain, model = small_gpt(), small_gpt()
+    shard(model, one_of_fsdp2)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    assert not isinstance(model.lm_head.weight, DTensor)
+    found = gathered_state_dict(model)
+    assert equal(found, dict(plain.state_dict()))
+    assert found["lm_head.weight"] is found["token_embedding.weight"]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    load_whole_state_dict(model, {name: w + 1 for name, w in found.items()})
+    assert equal(gathered_state_dict(model), {name: w + 1 for name, w in plain.state_dict().items()})
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("final_norm.weight"), r"do not both have final_norm.weight"),
+        (lambda saved: saved.update(more=torch.ones(1)), r"do not both have more"),
+        (
+            lambda saved: saved.update({"final_norm.weight": torch.ones(15)}),
+            r"final_norm.weight is \(15,\) in the checkpoint and \(16,\) in the model",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused(one_of_fsdp2, change, message):
+    model = small_gpt()
+    shard(model, one_of_fsdp2)
+    saved = gathered_state_dict(model)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        load_whole_state_dict(model, saved)
+
+
+def test_an_optimizer_whose_states_cannot_be_gathered_is_refused(configure, tmp_path):
+    config = configure(tmp_path, "trainer=fsdp2")
+    config["optimizer"] = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
+    with pytest.raises(ValueError, match=r"optimizer torch.optim.AdamW under trainer.strategy=fsdp2"):
+        assemble(config)
+    assemble({**config, "trainer": {**config["trainer"], "strategy": "ddp"}})
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_micro_batch_that_is_left_open_is_a_processs_share(configure, tmp_path, devices):
+    parts = assemble(configure(tmp_path, "batch_sequences=8", f"trainer.devices={devices}"))
+    assert parts.settings.micro_batch_sequences == 8 // devices
+    assert parts.settings.accumulate(parts.world_size) == 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(configure, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"batch_sequences=8 cannot be shared by 3 processes .* batch_sequences=6"
+    ):
+        assemble(configure(tmp_path, "batch_sequences=8", "trainer.devices=3"))
