@@ -104,7 +104,7 @@ def run_rank(config: dict[str, Any]) -> int:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:
-        return 1  # rank 0 says what it was
+        return 0  # rank 0 says what it was, and its exit status is the one that counts
     if verdict.good:
         return 0
     if rank() == 0:

@@ -102,9 +102,10 @@ class QuantizedLinear(nn.Linear):
         if trains and self.recipe.wgrad.transform is not None:
             tokens = input.numel() // self.in_features
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
-        counters = self.clock.counters if self.recipe.stochastic else None
+        # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
+        counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
         return _QuantizedLinear.apply(
-            input, self.weight, self.bias, counters, self.recipe, self.stream, dtype, trains
+            input, self.weight, self.bias, counters, self.recipe, stream, dtype, trains
         )
 
 

@@ -38,7 +38,9 @@ class Watch(TorchDispatchMode):
         if self.open and name in GEMM_OPS:
             first = GEMM_OPS[name]
             a, b = args[first : first + 2]
-            product = Product(name, a.detach(), b.detach().t(), out.detach().clone(), first == 1)
+            # Copies: of a sharded parameter the memory is given back after the forward
+            a, b = a.detach().clone(), b.detach().clone().t()
+            product = Product(name, a, b, out.detach().clone(), first == 1)
             for products in self.open.values():
                 products.append(product)
         return out

@@ -180,7 +180,8 @@ def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
         key = id(parameters.get(name, value))
         if key not in whole:
             full = value.full_tensor() if isinstance(value, DTensor) else value
-            whole[key] = full.cpu() if processes.rank() == 0 else torch.empty(0)
+            # A copy: what was gathered is a part of something longer where the rows do not divide evenly
+            whole[key] = full.to("cpu", copy=True) if processes.rank() == 0 else torch.empty(0)
         found[name] = whole[key]
     return found if processes.rank() == 0 else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+sys.path.insert(0, str(Path(__file__).parent))  # ``ranks``, which processes of their own import too
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORDS = [
     "the",
