@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from qtrain.interrupts import SIGNALS
 from qtrain.training import launcher
 from qtrain.training.launcher import launch
 
@@ -216,19 +217,20 @@ def test_what_the_children_started_ends_with_them(entries):
 
 
 def test_handlers_are_as_before(entries):
-    before = [signal.getsignal(number) for number in launcher.FORWARDED]
+    before = [signal.getsignal(number) for number in SIGNALS]
     launch({"folder": str(entries), "ends": [0]}, "entries:end", 1)
-    assert [signal.getsignal(number) for number in launcher.FORWARDED] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 PARENT = """
 import sys
+from qtrain.interrupts import Interrupted, exit_code
 from qtrain.training.launcher import launch
 sys.path.insert(0, sys.argv[1])
 try:
     code = launch({"folder": sys.argv[1], "ends": ["sleep", "sleep"]}, sys.argv[2], 2)
-except KeyboardInterrupt:
-    sys.exit(130)
+except Interrupted as stop:
+    sys.exit(exit_code(stop.signum))
 print("the launcher returned")
 sys.exit(code)
 """
@@ -248,8 +250,8 @@ def test_signals_are_passed_on_as_often_as_they_come(entries):
         wait_for(lambda count=count: [p.exists() and p.read_text() for p in
                                       (entries / "count-0", entries / "count-1")] == [str(count)] * 2)  # fmt: skip
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 7  # that of the children, who ended as they wished
-    assert process.stdout.read() == b""  # a sweep goes no further after SIGTERM
+    assert process.wait(20) == 75
+    assert process.stdout.read() == b""  # it raised: a sweep goes no further
 
 
 def test_an_interrupt_reaches_all_and_raises(entries):
