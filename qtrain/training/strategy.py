@@ -150,7 +150,7 @@ def compile_for(model: nn.Module, sharding: str) -> None:
         model.compile()
         return
     parts = [*_blocks(model), model.get_submodule("lm_head")]
-    # The layers' code is one and is compiled once a layer, for whose name its random bits go by
+    # The blocks' code is one; where they draw random bits, which go by a layer's name, each may be compiled anew
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(parts))
     for part in parts:
         part.forward = torch.compile(part.forward)  # type: ignore[method-assign]

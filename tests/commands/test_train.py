@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,58 @@ def test_secrets_do_not_enter_the_configuration(override, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sekret-0123")
     with pytest.raises(ValueError, match=r"\$SOME_API_KEY"):
         train.plain(composed(override))
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def ran(*words: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
+    one = tmp_path / "out" / "train" / "one"
+    tiny = [*tiny[:-1], "precision=fp32"]
+    assert train.run(composed(*tiny, "run=one")) == 0
+    more = [
+        "compile=false",
+        "device=cpu",
+        "trainer=ddp",
+        "seed=0,1",
+        "run=seed${seed}",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = ran(sys.executable, "-m", "qtrain.cli", "train", "-m", *tiny, *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 2  # rank 0 of each run prints
+    first, second = (one.parent / f"seed{seed}" for seed in (0, 1))
+    assert losses(first) == pytest.approx(losses(one), rel=1e-5)  # sums in another order
+    assert losses(second) != pytest.approx(losses(one), rel=1e-3)
+    for folder in (first, second):
+        saved = json.loads((folder / "summary.json").read_text())
+        assert saved["steps"] == 2
+
+
+@pytest.mark.inductor
+def test_under_torchrun_sharded_and_compiled(tiny, tmp_path):
+    more = ["compile=true", "device=cpu", "trainer=fsdp2", "recipe=qpt"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = ran(*torchrun, "qtrain.cli", "train", *tiny, *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 1
+    one = tmp_path / "out" / "train" / "one"
+    assert train.run(composed(*tiny[:-1], "recipe=qpt", "run=eager")) == 0
+    # Compiled bfloat16 skips roundings
+    assert losses(one) == pytest.approx(losses(one.parent / "eager"), rel=2e-3)
+    census = json.loads((one / "census.json").read_text())
+    assert not census["failures"]
+    assert census["compiled"]["gain"] == pytest.approx(1.0, abs=0.5)
+
+
+def test_another_number_of_processes_than_torchrun_started_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"makes 2 process.* started 3"):
+        train.check(composed(*tiny, "trainer=ddp"))
