@@ -1,6 +1,6 @@
 """Faults, injected into real runs at seeded moments and places; what became of each run, as a table.
 
-    python scripts/inject_faults.py --faults 500 --seed 0 --table docs/reliability.md
+    python scripts/inject_faults.py --faults 500 --seed 0 --workers 2 --table docs/reliability.md
     python scripts/inject_faults.py --faults 40 --only "kill -9" --only "bit flipped"
 
 A run of 12 small steps (stochastic rounding, dropout, accumulation, 8-bit states, a checkpoint every third) is
@@ -532,30 +532,55 @@ class Row:
         ]
 
 
+def planned(kinds: list[str], faults: int) -> list[str]:
+    """Which kind each fault is: the kinds in turns, rare ones but a few times."""
+    plan: list[str] = []
+    while len(plan) < faults:
+        turn = [k for k in kinds if plan.count(k) < RARE.get(k, faults)]
+        if not turn:
+            raise ValueError(f"{faults} faults of {', '.join(kinds)} alone: at most {len(plan)} are injected")
+        plan += turn[: faults - len(plan)]
+    return plan
+
+
 def campaign(
-    lab: Lab, kinds: list[str], faults: int, seed: int, progress: Callable[[int], None]
+    lab: Lab, plan: list[str], seed: int, progress: Callable[[int], None], share: tuple[int, int] = (0, 1)
 ) -> dict[str, Row]:
-    """``faults`` faults, the kinds in turns."""
-    rows = {kind: Row() for kind in kinds}
-    number = 0
-    while number < faults:
-        for kind in kinds:
-            row = rows[kind]
-            if number >= faults or (row.injected >= RARE.get(kind, faults)):
-                continue
-            trial = Trial(lab, random.Random(f"{seed}/{number}"), lab.root / f"trial-{number}")
-            wrong = FAULTS[kind](trial)
-            ended = wrong or trial.finish()
-            row.injected += 1
-            row.survived += ended == "survived"
-            row.corrupted += ended == "silently corrupted"
-            row.lost.append(trial.lost)
-            if ended == "survived":
-                shutil.rmtree(trial.out)
-            else:
-                row.problems.append(f"trial {number} ({trial.out}): {ended}")
-            number += 1
-            progress(number)
+    """Injects the faults of ``plan``; of ``share`` (i, n) every n-th from the i-th."""
+    rows = {kind: Row() for kind in plan}
+    mine = range(share[0], len(plan), share[1])
+    for done, number in enumerate(mine, start=1):
+        row = rows[plan[number]]
+        trial = Trial(lab, random.Random(f"{seed}/{number}"), lab.root / f"trial-{number}")
+        ended = FAULTS[plan[number]](trial) or trial.finish()
+        row.injected += 1
+        row.survived += ended == "survived"
+        row.corrupted += ended == "silently corrupted"
+        row.lost.append(trial.lost)
+        if ended == "survived":
+            shutil.rmtree(trial.out)
+        else:
+            row.problems.append(f"trial {number} ({trial.out}): {ended}")
+        progress(done)
+    return rows
+
+
+def shared_campaign(arguments: list[str], workers: int) -> dict[str, Row]:
+    """The same campaign by several processes of this script, each its share."""
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.json" for i in range(workers)]
+        commands = [
+            [sys.executable, __file__, *arguments, "--json", str(file), "--share", str(i), str(workers)]
+            for i, file in enumerate(files)
+        ]
+        for process in [subprocess.Popen(c, stdout=subprocess.DEVNULL) for c in commands]:
+            process.wait()
+        for file in files:
+            for kind, found in json.loads(file.read_text()).items():
+                row = rows.setdefault(kind, Row())
+                for name, value in found.items():
+                    setattr(row, name, getattr(row, name) + value)
     return rows
 
 
@@ -591,22 +616,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="part of a kind's name; repeatable")
     parser.add_argument("--table", type=Path, help="a page with the table's marks")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the faults")
+    parser.add_argument(
+        "--share", type=int, nargs=2, default=(0, 1), help="of a worker: its number, and how many"
+    )
     options = parser.parse_args(arguments)
     kinds = [k for k in FAULTS if not options.only or any(part in k for part in options.only)]
     if not kinds:
         parser.error(f"--only {options.only}: the kinds are {', '.join(FAULTS)}")
     begun, shown = time.monotonic(), [0.0]
+    share = (options.share[0], options.share[1])
+    all_mine = len(range(share[0], options.faults, share[1]))
 
     def progress(done: int) -> None:
-        if time.monotonic() - shown[0] > 5 or done == options.faults:
+        if time.monotonic() - shown[0] > 10 or done == all_mine:
             shown[0] = time.monotonic()
-            left = (shown[0] - begun) / done * (options.faults - done)
-            print(f"{done} of {options.faults} faults, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (shown[0] - begun) / done * (all_mine - done)
+            print(f"{done} of {all_mine} faults, {left:.0f} s left", file=sys.stderr, flush=True)
 
-    root = Path(tempfile.mkdtemp(prefix="qtrain-faults-"))
-    lab = Lab(root)
-    lab.build()
-    rows = campaign(lab, kinds, options.faults, options.seed, progress)
+    plan = planned(kinds, options.faults)
+    if options.workers > 1:
+        words = ["--faults", str(options.faults), "--seed", str(options.seed)]
+        rows = shared_campaign(
+            [*words, *(w for part in options.only for w in ("--only", part))], options.workers
+        )
+    else:
+        lab = Lab(Path(tempfile.mkdtemp(prefix="qtrain-faults-")))
+        lab.build()
+        rows = campaign(lab, plan, options.seed, progress, share)
+        if not any(row.problems for row in rows.values()):
+            shutil.rmtree(lab.root)
     print(table(rows, options.faults, options.seed))
     if options.table is not None:
         insert(options.table, table(rows, options.faults, options.seed))
@@ -614,8 +653,6 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps({k: asdict(r) for k, r in rows.items()}, indent=1))
     problems = [p for row in rows.values() for p in row.problems]
     print("\n".join(problems), file=sys.stderr)
-    if not problems:
-        shutil.rmtree(root)
     return 1 if problems else 0
 
 
