@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inject_faults
 import pytest
+from fault_trials import RARE, STEPS, Lab
 
 from qtrain.training import checkpoints, resume
 
@@ -19,14 +20,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> inject_faults.Lab:
-    lab = inject_faults.Lab(tmp_path_factory.mktemp("faults"))
+def lab(tmp_path_factory) -> Lab:
+    lab = Lab(tmp_path_factory.mktemp("faults"))
     lab.build()
     return lab
 
 
 def campaign(lab, tmp_path, kinds, faults):
-    here = inject_faults.Lab(tmp_path, lab.seconds, lab.reference, lab.foreign, lab.wanted)
+    here = Lab(tmp_path, lab.seconds, lab.reference, lab.foreign, lab.wanted)
     for name in ("shards", "corpus"):
         (tmp_path / name).symlink_to(lab.root / name)
     plan = inject_faults.planned([KINDS[k] for k in kinds], faults)
@@ -40,7 +41,7 @@ def test_real_faults_are_survived(lab, tmp_path):
     }
     text = inject_faults.table(rows, 14, 3)
     assert "| **all** | 14 | 14 |" in text
-    assert 0 < max(lost for row in rows.values() for lost in row.lost) < inject_faults.STEPS
+    assert 0 < max(lost for row in rows.values() for lost in row.lost) < STEPS
 
 
 def unchecked(path):
@@ -83,11 +84,11 @@ def test_the_table_goes_between_its_marks(tmp_path):
 
 
 def test_rare_faults_stay_rare_and_shares_cover_the_plan():
-    kinds = [*KINDS.values(), *inject_faults.RARE]
+    kinds = [*KINDS.values(), *RARE]
     plan = inject_faults.planned(kinds, 100)
     assert len(plan) == 100
-    (rare,) = inject_faults.RARE
-    assert plan.count(rare) == inject_faults.RARE[rare]
+    (rare,) = RARE
+    assert plan.count(rare) == RARE[rare]
     with pytest.raises(ValueError, match="at most 4 are injected"):
         inject_faults.planned([rare], 5)
 

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 
 import forked_run as forked
 import pytest
@@ -269,11 +270,14 @@ def test_many_kills_lose_no_more_than_the_steps_since_the_last_checkpoint(whole,
     draw = random.Random(7)
     more = ["resume=auto", "checkpoint_every_steps=2"]
     log, kills, run, resumed = tmp_path / "log", 0, 0, 0
+    begun = time.monotonic()
+    assert forked.wait(forked.start(configure(tmp_path, *TINY, "run=undisturbed", *more), log)) == 0
+    whole_run = time.monotonic() - begun  # on this machine, now
     while kills < 50:
         config = configure(tmp_path, *TINY, f"run={run}", *more)
         folder = tmp_path / "train" / str(run)
         pid = forked.start(config, log)
-        threading.Event().wait(draw.uniform(0.0, 1.2))
+        threading.Event().wait(draw.uniform(0.0, whole_run))
         before = steps(folder) if folder.is_dir() else []
         os.kill(pid, signal.SIGKILL)
         if forked.wait(pid) == 0:
