@@ -182,8 +182,9 @@ class _ShardFile:
 class ShardSplit:
     """The tokens of one split as if they were one array. Pickling carries paths, never tokens or descriptors."""
 
-    def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str) -> None:
+    def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str, vocab_size: int) -> None:
         self.directory, self.name, self.info, self.dtype = directory, name, info, np.dtype(dtype)
+        self.vocab_size = vocab_size
         self.files = [_ShardFile(directory, shard) for shard in info.shards]
         self._starts = list(accumulate((shard.tokens for shard in info.shards), initial=0))
         self._stored = self.dtype.newbyteorder("<")
@@ -216,6 +217,13 @@ class ShardSplit:
             tokens[done : done + count] = np.frombuffer(data, dtype=self._stored)
             done += count
             shard += 1
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            # An embedding would fail on it by an index, on a GPU by an abort
+            raise ShardError(
+                f"split {self.name!r} of {self.directory} holds the id {tokens.max()} in tokens [{start}, {stop}), outside "
+                f"its vocabulary of {self.vocab_size}: it was altered while the run read it; delete that folder, let it be "
+                "prepared again and resume from the last checkpoint"
+            )
         return tokens
 
     def check_unchanged(self) -> None:
@@ -234,7 +242,8 @@ class TokenShards:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
         self.train, self.val = (
-            ShardSplit(directory, name, manifest.splits[name], manifest.dtype) for name in SPLITS
+            ShardSplit(directory, name, manifest.splits[name], manifest.dtype, manifest.vocab_size)
+            for name in SPLITS
         )
 
     @staticmethod

@@ -361,3 +361,15 @@ def test_data_opened_by_size_are_checked_by_their_bytes(running):
     alter(folder / "train-00000.bin")
     with pytest.raises(ShardError, match="was altered while"):
         shards.check_unchanged()
+
+
+def test_ids_outside_the_vocabulary_are_named_when_they_are_read(tmp_path):
+    """What an altered file gives before anybody has looked at its sum."""
+    directory = build(tmp_path / "d")
+    shards = TokenShards.open(directory)
+    with (directory / "train-00000.bin").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\x01\x01")  # 257: the first id that is none
+    assert shards.train.read(0, 2).tolist() == [ord("h"), ord("e")]
+    with pytest.raises(ShardError, match=r"holds the id 257 in tokens \[1, 4\), outside its vocabulary of 257"):
+        shards.train.read(1, 4)
