@@ -371,5 +371,7 @@ def test_ids_outside_the_vocabulary_are_named_when_they_are_read(tmp_path):
         file.seek(4)
         file.write(b"\x01\x01")  # 257: the first id that is none
     assert shards.train.read(0, 2).tolist() == [ord("h"), ord("e")]
-    with pytest.raises(ShardError, match=r"holds the id 257 in tokens \[1, 4\), outside its vocabulary of 257"):
+    with pytest.raises(
+        ShardError, match=r"holds the id 257 in tokens \[1, 4\), outside its vocabulary of 257"
+    ):
         shards.train.read(1, 4)
