@@ -248,4 +248,4 @@ def test_killed_writers_leave_whole_checkpoints_only(tmp_path):
         assert newest_good(tmp_path) == (tmp_path / "step-000002", [])
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
         verify(tmp_path / "step-000001")
-    assert left >= 10  # else nothing was interrupted
+    assert left >= 1  # else nothing was interrupted; how many depends on the disk
