@@ -20,7 +20,7 @@ from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
 from .baselines import ReferenceRun, reference_run, trigram_loss
-from .callbacks.checkpoint import CheckpointWriter
+from .callbacks.checkpoint import CheckpointWriter, of_storage, storage_verdict
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_shards
@@ -129,9 +129,10 @@ def _run(
     try:
         verdict = _fit(trainer, module, data, start)
         if verdict.good:
-            _report(parts, trainer, module, data, reference, start, begun)
+            broken = _reported(parts, trainer, module, data, reference, start, begun)
+            verdict = broken or verdict
         if first:
-            _write_verdict(folder, verdict)
+            verdict = _written(trainer, verdict)
     finally:
         _close(trainer)
     return verdict
@@ -147,16 +148,38 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
         return stopped.verdict
     except ShardError as error:  # cut while they were read
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
+    except OSError as error:
+        if not of_storage(trainer, error):
+            raise
+        return storage_verdict(trainer, str(error))
     return Verdict(outcome="completed", step=step, message=f"completed {step} steps")
 
 
-def _write_verdict(folder: Path, verdict: Verdict) -> None:
+def _reported(parts: Assembly, trainer: Trainer, *more: Any) -> Verdict | None:
+    """``_report``, and a last look at the tokens: the final validation read them after the last checkpoint. A verdict
+    where they, or the disk, do not let the run complete."""
     try:
-        write_json(folder / VERDICT, verdict.as_dict())
+        _report(parts, trainer, *more)
+        if rank() == 0:
+            trainer.datamodule.shards.check_unchanged()  # type: ignore[attr-defined]
+    except ShardError as error:
+        return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     except OSError as error:
-        if verdict.outcome != "storage_failed":
+        if not of_storage(trainer, error):
             raise
-        print(f"{folder / VERDICT} could not be written either: {error}", file=sys.stderr)
+        return storage_verdict(trainer, str(error))
+    return None
+
+
+def _written(trainer: Trainer, verdict: Verdict) -> Verdict:
+    """``verdict``, once it is in the run's folder; where the disk refuses that, the verdict on it."""
+    path = Path(trainer.default_root_dir) / VERDICT
+    try:
+        write_json(path, verdict.as_dict())
+    except OSError as error:
+        print(f"{path} could not be written: {error}", file=sys.stderr)
+        return storage_verdict(trainer, str(error)) if verdict.good else verdict
+    return verdict
 
 
 def _close(trainer: Trainer) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from .assembly import Assembly
-from .callbacks.metrics_jsonl import METRICS, rewind_metrics
+from .callbacks.metrics_jsonl import METRICS, rewound_metrics
 from .checkpoints import CheckpointError, load_checkpoint, remove_leftovers, verified
 from .identity import differences
 from .run_folder import (
@@ -81,12 +81,17 @@ def start_run(parts: Assembly, data: Mapping[str, Any], held: ExitStack) -> Star
     own = own_folder(parts)
     try:
         start = _new(parts, data, held) if own is None else _in_place(parts, own, data, held)
+        if not start.finished:
+            write_text(start.folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
+            write_json(start.folder / "versions.json", versions())
     except (ValueError, FileExistsError) as error:
         held.close()
         raise StartRefused(str(error)) from error
-    if not start.finished:
-        write_text(start.folder / "config.yaml", yaml.safe_dump(dict(parts.config), sort_keys=False))
-        write_json(start.folder / "versions.json", versions())
+    except OSError as error:
+        held.close()
+        raise StartRefused(
+            f"the run's folder cannot be written: {error}; make room and start it again, or choose another out="
+        ) from error
     for sentence in start.refused:
         print(f"refused: {sentence}", file=sys.stderr)
     if start.step and not start.finished:
@@ -106,7 +111,7 @@ def _new(parts: Assembly, data: Mapping[str, Any], held: ExitStack) -> Start:
             )
     folder = create_run_folder(settings.out, settings.name, settings.run)
     held.enter_context(lock_run(folder))
-    return _recorded(Start(folder=folder, checkpoint=checkpoint, step=step), previous=None)
+    return _recorded(Start(folder=folder, checkpoint=checkpoint, step=step), None, [])
 
 
 def _other_run(
@@ -154,23 +159,37 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
     place, steps = folder / CHECKPOINTS, parts.settings.steps
     if place.is_dir():
         remove_leftovers(place)
+    elif place.exists():
+        raise ValueError(
+            f"{place} is a file, where the folder of checkpoints belongs; remove it, or bring that back"
+        )
     checkpoint, step, refused = _newest(place, parts, data)
     if step > steps:
         raise ValueError(
             f"the run {folder} stands at step {step}, beyond steps={steps}; raise steps, or start anew under another run="
         )
+    previous = _verdict(folder)
+    # Whatever may be refused is read before anything is changed
+    attempts = _attempts(folder)
+    begun = min((row["step"] for row in attempts), default=0)
+    metrics = rewound_metrics(folder / METRICS, step, begun=begun, last=step == steps)
     for path, _ in refused:
         _set_aside(path)
-    previous = _verdict(folder)
     finished = previous is not None and previous.get("outcome") == "completed" and step == steps
     sentences = tuple(sentence for _, sentence in refused)
     start = Start(folder=folder, checkpoint=checkpoint, step=step, finished=finished, refused=sentences)
     if finished:
         return start
-    start = _recorded(start, previous)
+    start = _recorded(start, previous, attempts)
     (folder / VERDICT).unlink(missing_ok=True)
-    rewind_metrics(folder / METRICS, step, last=step == steps)
+    if metrics is not None:
+        write_text(folder / METRICS, metrics)
     return start
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ATTEMPTS
+    return read_lines(path) if path.is_file() else []
 
 
 def _set_aside(path: Path) -> None:
@@ -188,10 +207,9 @@ def _verdict(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _recorded(start: Start, previous: Mapping[str, Any] | None) -> Start:
-    """``start`` with its run's id, written down as one more attempt. previous: the verdict of the one before."""
-    path = start.folder / ATTEMPTS
-    attempts = read_lines(path) if path.is_file() else []
+def _recorded(start: Start, previous: Mapping[str, Any] | None, attempts: list[dict[str, Any]]) -> Start:
+    """``start`` with its run's id, written down as one more attempt after ``attempts``. previous: the verdict of the
+    one before."""
     run_id = attempts[0]["run_id"] if attempts else secrets.token_hex(4)
     row = {
         "attempt": len(attempts) + 1,
@@ -205,5 +223,5 @@ def _recorded(start: Start, previous: Mapping[str, Any] | None) -> Start:
         "previous": None if previous is None else previous.get("message"),
         "git_commit": versions()["git_commit"],
     }
-    append_line(path, row)
+    append_line(start.folder / ATTEMPTS, row)
     return replace(start, run_id=run_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +19,8 @@ from typing import Any
 from qtrain import interrupts
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What gloo says where the process at the other end has died; that one is named by the parent
+_LOST = re.compile(r"gloo/transport/.*(reset|closed) by peer|gloo/transport/.*Broken pipe", re.DOTALL)
 
 
 def end_with(parent: int) -> None:
@@ -41,6 +44,9 @@ def work(task: Mapping[str, Any]) -> int:
             return int(getattr(importlib.import_module(module), function)(task["config"]))
     except interrupts.Interrupted as stop:
         return interrupts.exit_code(stop.signum)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if _LOST.search(str(error)):
+            print(f"the connection to another process of the run is lost ({error})", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1

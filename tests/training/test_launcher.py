@@ -277,3 +277,29 @@ def test_a_child_whose_parent_is_gone_already_does_not_start(entries):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("message", "traced"),
+    [
+        ("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer", False),
+        ("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1", False),
+        ("connection closed by peer", True),
+        ("gloo/transport: a mistake", True),
+    ],
+)  # fmt: skip
+def test_a_lost_connection_is_a_sentence(tmp_path, message, traced):
+    (tmp_path / "loses.py").write_text(f"def lose(config):\n    raise RuntimeError({message!r})\n")
+    task = {"entry": "loses:lose", "config": {}, "path": [str(tmp_path), *sys.path]}
+    code = (
+        "import json, os, sys\n"
+        f"task = {task!r}\n"
+        "sys.path[:] = task['path']\n"
+        "from qtrain.training.worker import work\n"
+        "sys.exit(work({**task, 'parent': os.getppid()}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert ("Traceback" in done.stderr) == traced
+    assert ("the connection to another process of the run is lost" in done.stderr) != traced

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import time
 
@@ -209,6 +211,89 @@ def test_with_no_whole_checkpoint_nothing_is_started_or_changed(whole, configure
     with pytest.raises(StartRefused, match=r"no checkpoint to go on from: .*step-000004.*step-000002"):
         train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
     assert files == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def lines_of(folder):
+    return (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [rows[0], b"\x00\xff\n", *rows[2:]], r"metrics.jsonl, line 2: no row of the metrics"),
+        (lambda rows: [rows[0], b"[1]\n", *rows[2:]], r"metrics.jsonl, line 2: no row of the metrics"),
+        (lambda rows: rows[1:], r"metrics.jsonl does not have one row for each of the steps 1 to 4"),
+        (lambda rows: [rows[0], rows[0], *rows[1:]], r"does not have one row for each of the steps 1 to 4"),
+        (lambda rows: rows[:3], r"does not have one row for each of the steps 1 to 4"),
+    ],
+    ids=["garbage", "no row", "first missing", "twice", "last missing"],
+)
+def test_altered_metrics_are_refused_before_anything_changes(whole, configure, tmp_path, change, message):
+    folder = copied(whole, tmp_path, latest=6)
+    (folder / "checkpoints" / "step-000006" / WEIGHTS).write_bytes(b"")  # would be set aside
+    (folder / "metrics.jsonl").write_bytes(b"".join(change(lines_of(folder))))
+    files = everything(folder)
+    with pytest.raises(StartRefused, match=message):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert files == everything(folder)
+
+
+def test_what_lost_power_left_at_the_end_of_the_metrics_is_dropped(whole, configure, tmp_path):
+    """Blocks that were never written read as zeros."""
+    folder = copied(whole, tmp_path, latest=4)
+    text = (folder / "metrics.jsonl").read_bytes()
+    kept = text.rfind(b"\n") + 1
+    (folder / "metrics.jsonl").write_bytes(text[:kept] + b"\x00" * 300 + b"\n" + b"\xff" * 20)
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert_same(whole, again)
+
+
+def test_a_folder_that_began_later_needs_no_earlier_rows(whole, configure, tmp_path):
+    """Continued from another run's checkpoint, then by resume=auto."""
+    config = configure(
+        tmp_path, *SMALL, "run=again", f"resume={whole / 'checkpoints' / 'step-000002'}", "steps=4"
+    )
+    assert train(assemble(config))[0].good
+    verdict, again = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert verdict.good
+    assert_same(whole, again, after=2)
+    assert curve(again)[0]["step"] == 3
+
+
+def test_a_file_where_the_checkpoints_belong_is_refused(whole, configure, tmp_path):
+    folder = copied(whole, tmp_path, latest=4)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").touch()
+    files = everything(folder)
+    with pytest.raises(StartRefused, match=r"checkpoints is a file, where the folder of checkpoints belongs"):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert files == everything(folder)
+
+
+@pytest.mark.parametrize("name", ["attempts.jsonl", "config.yaml"])
+def test_a_full_disk_at_the_start_is_named(whole, configure, tmp_path, monkeypatch, name):
+    from qtrain.training import resume
+
+    folder = copied(whole, tmp_path, latest=4)
+
+    def full(path, *_):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return written(path, *_)
+
+    function = "append_line" if name == "attempts.jsonl" else "write_text"
+    written = getattr(resume, function)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, function, full)
+        with pytest.raises(StartRefused, match=rf"cannot be written: .*No space left.*{name}"):
+            train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert train(assemble(configure(tmp_path, *SMALL, *AGAIN)))[0].good
+    assert_same(whole, folder)
 
 
 def test_one_process_a_run(whole, configure, tmp_path):

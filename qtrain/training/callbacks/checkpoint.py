@@ -12,6 +12,7 @@ could be lost. The tokens that were read are checked before each one, so that no
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 import signal
@@ -161,6 +162,21 @@ def storage_verdict(trainer: Trainer, failure: str) -> Verdict:
         message=f"the run could not be saved after step {trainer.global_step}: {failure} ({free}). {left}; make room and "
         "resume",
     )
+
+
+# What a disk says, rather than a path that was never there
+_OF_DISKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
+
+
+def of_storage(trainer: Trainer, error: OSError) -> bool:
+    """Whether a disk refused: by its kind, or by the file, where that lies in the run's folder."""
+    root = Path(trainer.default_root_dir).resolve()
+    named = [
+        Path(os.fsdecode(f)).resolve()
+        for f in (error.filename, error.filename2)
+        if isinstance(f, str | bytes)
+    ]
+    return error.errno in _OF_DISKS or any(root == path or root in path.parents for path in named)
 
 
 class Checkpoints(Callback):

@@ -10,6 +10,7 @@ them but at most a part of the last; ``read_metrics`` leaves that part out. The 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, Trainer
 
 from ..module import QuantizedTransformer
-from ..run_folder import jsonable, read_lines, write_text
+from ..run_folder import jsonable, read_lines
 from ..verdict import RunStopped
 from .checkpoint import storage_verdict
 
@@ -41,17 +42,45 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     ]
 
 
-def rewind_metrics(path: Path, step: int, *, last: bool) -> None:
-    """Leaves out the rows that a run resumed at ``step`` computes again, and a half-written last line. last: nothing
-    but the final validation is left to do."""
+def rewound_metrics(path: Path, step: int, *, begun: int = 0, last: bool) -> str | None:
+    """The text of a metrics file without the rows that a run resumed at ``step`` computes again, and without what a
+    killed process, or a machine without power, left of the last lines. None where there is no file. begun: the
+    step that the run's folder began with. last: nothing but the final validation is left to do.
+
+    Raises ValueError where a line before others is broken, and where rows of the steps until ``step`` are missing.
+    """
     if not path.is_file():
-        return
-    kept = [
-        row
-        for row in read_lines(path)
-        if row["step"] <= step and not (last and row["kind"] == "val" and row["step"] == step)
-    ]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        return None
+    kept: list[dict[str, Any]] = []
+    broken = None
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        row = _row(line)
+        if row is None:
+            broken = broken or (number if line else None)
+            continue
+        if broken is not None:
+            raise ValueError(f"{path}, line {broken}: no row of the metrics; the file was altered: {_REMEDY}")
+        if row["step"] <= step and not (last and row["kind"] == "val" and row["step"] == step):
+            kept.append(row)
+    trained = [row["step"] for row in kept if row["kind"] == "train"]
+    if trained != list(range(begun + 1, step + 1)):
+        raise ValueError(
+            f"{path} does not have one row for each of the steps {begun + 1} to {step}, which the checkpoint holds; "
+            f"the file was altered: {_REMEDY}"
+        )
+    return "".join(json.dumps(row) + "\n" for row in kept)
+
+
+_REMEDY = "bring the file back, or go on in another folder with resume=CHECKPOINT run=ANOTHER"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("step"), int) and row.get("kind") in ("train", "val")
+    return row if whole else None
 
 
 class MetricsJSONL(Callback):
@@ -122,6 +151,9 @@ class MetricsJSONL(Callback):
             self._file.write(json.dumps(jsonable(row)) + "\n")
             self._file.flush()
         except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # closing tries to write what is left
+                file.close()
             raise RunStopped(storage_verdict(trainer, f"{METRICS}: {error}")) from error
         prefix = row["kind"]
         axes = {k: row[k] for k in ("step", "tokens")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -11,13 +12,15 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import forked_run as forked
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from qtrain.data.shards import ShardError, TokenShards
-from qtrain.training import checkpoints
+from qtrain.training import checkpoints, fit
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.checkpoint import Checkpoints, CheckpointWriter
 from qtrain.training.checkpoints import checkpoints_in, load_checkpoint, verify
@@ -146,6 +149,79 @@ def test_metrics_on_a_full_disk(configure, tmp_path, monkeypatch):
     assert verdict.outcome == "storage_failed"
     assert "metrics.jsonl" in verdict.message
     assert len(curve(folder)) == 4
+
+
+@pytest.mark.parametrize("name", ["sample.txt", "loss.png", "verdict.json"])
+def test_a_full_disk_after_the_last_step(whole, configure, tmp_path, monkeypatch, capsys, name):
+    """The report cannot be written: no completed run, and the next start writes it."""
+    config = configure(tmp_path, *TINY, "run=late", "resume=auto", "checkpoint_every_steps=2")
+    refused = (
+        fit.write_json
+        if name == "verdict.json"
+        else fit.plot_losses
+        if name == "loss.png"
+        else fit.write_text
+    )
+
+    def unwilling(*arguments):
+        if any(isinstance(a, Path) and a.name == name for a in arguments):
+            return full()
+        return refused(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, refused.__name__, unwilling)
+        verdict, folder = train(assemble(config))
+    assert verdict.outcome == "storage_failed"
+    assert "No space left on device" in verdict.message
+    assert "step-000009 is the latest checkpoint" in verdict.message
+    assert ("verdict.json could not be written" in capsys.readouterr().err) == (name == "verdict.json")
+    assert train(assemble(config))[0].good
+    assert json.loads((folder / "verdict.json").read_text())["outcome"] == "completed"
+    assert_same(whole, folder)
+
+
+def test_an_error_of_the_program_is_no_full_disk(configure, tmp_path, monkeypatch):
+    def mistaken(*_):
+        raise FileNotFoundError(errno.ENOENT, "no such program", "g++")
+
+    monkeypatch.setattr(fit, "sample_text", mistaken)
+    with pytest.raises(FileNotFoundError):
+        train(assemble(configure(tmp_path, *TINY, "steps=1")))
+
+
+def test_tokens_altered_after_the_last_checkpoint(whole, configure, tmp_path, monkeypatch):
+    """The last validation reads them; a run that it would complete is none."""
+    config = configure(tmp_path, *TINY, "run=late", "resume=auto", "checkpoint_every_steps=2")
+    validate = Trainer.validate
+
+    def altered(self, module, data, **named):
+        done = validate(self, module, data, **named)
+        data.shards.val.files[0]._stamp = None
+        data.shards.val.files[0].info = dataclasses.replace(data.shards.val.files[0].info, sha256="0" * 64)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", altered)
+        verdict, folder = train(assemble(config))
+    assert verdict.outcome == "data_changed"
+    assert "val-00000.bin was altered" in verdict.message
+    assert train(assemble(config))[0].good
+    assert_same(whole, folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_metrics_that_the_kernel_refuses(whole, configure, tmp_path):
+    """What stays in the file's buffer is refused once more when it is closed."""
+    config = configure(tmp_path, *TINY, "run=full", "resume=auto", "checkpoint_every_steps=2")
+    metrics = tmp_path / "train" / "full" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.symlink_to("/dev/full")
+    verdict, folder = train(assemble(config))
+    assert (verdict.outcome, verdict.step) == ("storage_failed", 1)
+    assert "metrics.jsonl: [Errno 28] No space left on device" in verdict.message
+    metrics.unlink()
+    assert train(assemble(config))[0].good
+    assert_same(whole, folder)
 
 
 def test_the_kernel_refuses_the_file(whole, configure, tmp_path):
