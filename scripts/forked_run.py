@@ -35,8 +35,11 @@ def start(
     assert torch.get_num_threads() == 1, "set OMP_NUM_THREADS=1"
     sys.stdout.flush()
     sys.stderr.flush()
+    # From its first instruction on the child has its own handlers, or waits for them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     code = 1
     try:
@@ -47,6 +50,7 @@ def start(
         for signum in interrupts.SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         with interrupts.listen():
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             prepare()
             code = train(config)
     except interrupts.Interrupted as stop:
