@@ -159,6 +159,7 @@ def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
         assert saved["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_under_torchrun_sharded_and_compiled(tiny, tmp_path):
     more = ["compile=true", "device=cpu", "trainer=fsdp2", "recipe=qpt"]
