@@ -26,7 +26,7 @@ from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_shards
 from .module import QuantizedTransformer
 from .plot import plot_losses
-from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first
+from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
 from .report import optimizer_state_bytes, print_report, sample_text, summarize
 from .resume import Start, start_run
 from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
@@ -147,6 +147,8 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
     except RunStopped as stopped:
         return stopped.verdict
     except ShardError as error:  # cut while they were read
+        if world_size() > 1:  # the others have not met it and wait for this process: its end ends them
+            raise
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     except OSError as error:
         if not of_storage(trainer, error):

@@ -136,6 +136,7 @@ def ran(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
     one = tmp_path / "out" / "train" / "one"
     tiny = [*tiny[:-1], "precision=fp32"]
@@ -159,6 +160,7 @@ def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
         assert saved["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_under_torchrun_sharded_and_compiled(tiny, tmp_path):
     more = ["compile=true", "device=cpu", "trainer=fsdp2", "recipe=qpt"]
