@@ -182,14 +182,20 @@ def _(t: Trial) -> str | None:
     return _undone(t, harm, *(p.name for p in checkpoints_in(place)))
 
 
-@fault("a line of the metrics altered")
+@fault("the metrics: a line altered, missing or twice, or all removed")
 def _(t: Trial) -> str | None:
     t.copy_of_reference(oldest=1)
+    path = t.folder / METRICS
 
     def harm() -> None:
-        lines = (t.folder / METRICS).read_bytes().splitlines(keepends=True)
-        lines[t.draw.randrange(len(lines) - 1)] = b'{"kind": \x00\xff\n'
-        (t.folder / METRICS).write_bytes(b"".join(lines))
+        lines = path.read_bytes().splitlines(keepends=True)
+        # Of the steps that the oldest checkpoint holds; the rows after it are computed again
+        place = t.draw.randrange(EVERY)
+        changed = t.draw.choice([[b'{"kind": \x00\xff\n'], [], [lines[place]] * 2, None])
+        if changed is None:
+            path.unlink()
+        else:
+            path.write_bytes(b"".join([*lines[:place], *changed, *lines[place + 1 :]]))
 
     return _undone(t, harm, METRICS)
 

@@ -25,6 +25,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from fault_command_line import COMMAND_LINE, command_line_campaign
 from fault_trials import CORRUPTED, EVERY, FAULTS, RARE, STEPS, SURVIVED, Lab, Trial
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qtrain.training.worker import end_with
 
 BEGIN, END = "<!-- fault table: begin -->", "<!-- fault table: end -->"
 # How a disturbed process ended, by its exit code
@@ -126,7 +129,7 @@ def shared_campaign(plan: list[str], seed: int, workers: int, folder: Path) -> l
     started = []
     try:
         for i in range(workers):
-            task = {"plan": plan, "seed": seed, "numbers": left[i::workers]}
+            task = {"parent": os.getpid(), "plan": plan, "seed": seed, "numbers": left[i::workers]}
             journal = folder / f"{time.time_ns()}-{i}.jsonl"
             command = [sys.executable, __file__, "--worker", str(journal)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
@@ -159,7 +162,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
         def show(done: int) -> None:
             progress.update(task, completed=done)
             first[0] = done if first[0] < 0 else first[0]
-            if not console.is_terminal and (time.monotonic() - shown[0] > 30 or done == total):
+            if not console.is_terminal and time.monotonic() - shown[0] > 30:
                 shown[0] = time.monotonic()
                 left = (shown[0] - begun) / max(1, done - first[0]) * (total - done)
                 print(f"{done} of {total} faults, {left:.0f} s left", file=sys.stderr, flush=True)
@@ -248,7 +251,9 @@ def _command(options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options, kinds = _options(arguments)
     if options.worker is not None:
-        _work(**json.load(sys.stdin), journal=options.worker)
+        task = json.load(sys.stdin)
+        end_with(task.pop("parent"))
+        _work(**task, journal=options.worker)
         return 0
     skipped = None
     if options.command_line:
@@ -274,5 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
+def _ended(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _ended)  # what was started is ended too, file systems are given back
     sys.exit(main())

@@ -16,7 +16,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,13 +169,12 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
             f"the run {folder} stands at step {step}, beyond steps={steps}; raise steps, or start anew under another run="
         )
     previous = _verdict(folder)
+    finished = previous is not None and previous.get("outcome") == "completed" and step == steps
     # Whatever may be refused is read before anything is changed
-    attempts = _attempts(folder)
-    begun = min((row["step"] for row in attempts), default=0)
-    metrics = rewound_metrics(folder / METRICS, step, begun=begun, last=step == steps)
+    attempts = [] if finished else _attempts(folder)
+    metrics = None if finished else _metrics(folder / METRICS, step, steps, attempts)
     for path, _ in refused:
         _set_aside(path)
-    finished = previous is not None and previous.get("outcome") == "completed" and step == steps
     sentences = tuple(sentence for _, sentence in refused)
     start = Start(folder=folder, checkpoint=checkpoint, step=step, finished=finished, refused=sentences)
     if finished:
@@ -190,6 +189,17 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
 def _attempts(folder: Path) -> list[dict[str, Any]]:
     path = folder / ATTEMPTS
     return read_lines(path) if path.is_file() else []
+
+
+def _metrics(path: Path, step: int, steps: int, attempts: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the metrics file will be; None where nothing is written yet. Raises ValueError."""
+    begun = min((row["step"] for row in attempts), default=0)
+    if begun < step and not path.is_file():
+        raise ValueError(
+            f"{path}, the curve of the steps until {step}, is missing: bring it back, or go on in another folder with "
+            "resume=CHECKPOINT run=ANOTHER"
+        )
+    return rewound_metrics(path, step, begun=begun, last=step == steps)
 
 
 def _set_aside(path: Path) -> None:

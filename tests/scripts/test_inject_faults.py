@@ -15,13 +15,14 @@ from qtrain.training.callbacks.checkpoint import CheckpointWriter
 
 AT_A_PLACE = "kill -9 before any sync, rename, removal or write"
 NO_SPACE = "disk full: ENOSPC at any sync, rename or write, and ever after"
+METRICS = "the metrics: a line altered, missing or twice, or all removed"
 # A campaign has them all; of each family one that takes few seconds
 KINDS = [
     "kill -9 at any moment", AT_A_PLACE, "SIGTERM", "a batch of NaN", "the same run started twice", NO_SPACE,
-    "newest checkpoint: a bit flipped", "half-written lines, files and folders", "a line of the metrics altered",
+    "newest checkpoint: a bit flipped", "half-written lines, files and folders", METRICS,
     "a shard altered while it is read",
 ]  # fmt: skip
-REFUSED = {"the same run started twice", "newest checkpoint: a bit flipped", "a line of the metrics altered"}
+REFUSED = {"the same run started twice", "newest checkpoint: a bit flipped", METRICS}
 
 
 @pytest.fixture(scope="module")

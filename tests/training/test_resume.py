@@ -242,6 +242,22 @@ def test_altered_metrics_are_refused_before_anything_changes(whole, configure, t
     assert files == everything(folder)
 
 
+def test_lost_metrics_are_missed(whole, configure, tmp_path):
+    folder = copied(whole, tmp_path, latest=4)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(StartRefused, match=r"metrics.jsonl, the curve of the steps until 4, is missing"):
+        train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert len(read_lines(folder / "attempts.jsonl")) == 1
+
+
+def test_a_finished_run_needs_no_metrics(whole, configure, tmp_path):
+    folder = tmp_path / "train" / "again"
+    shutil.copytree(whole, folder)
+    (folder / "metrics.jsonl").unlink()
+    verdict, _ = train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
+    assert "before" in verdict.message
+
+
 def test_what_lost_power_left_at_the_end_of_the_metrics_is_dropped(whole, configure, tmp_path):
     """Blocks that were never written read as zeros."""
     folder = copied(whole, tmp_path, latest=4)
