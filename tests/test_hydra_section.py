@@ -121,6 +121,7 @@ def test_below_launcher_and_sweeper_too():
     for text, key in (
         ("launcher: {x: {_target_: os.mkdir}}", "hydra.launcher.x._target_=os.mkdir"),
         ("sweeper: {x: [{_target_: hydra_plugins.a.B}]}", r"hydra.sweeper.x\[0\]._target_=hydra_plugins.a.B"),
+        ("sweeper: {params: {size: {_target_: os.mkdir}}}", "hydra.sweeper.params.size._target_=os.mkdir"),
         ("launcher: {x: '${a}'}", r"hydra.launcher.x=\${a}"),
         ("sweeper: '${a}'", r"hydra.sweeper=\${a}"),
     ):

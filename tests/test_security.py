@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -13,44 +15,109 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for folder in ("qtrain", "kernels", "scripts") for p in (ROOT / folder).rglob("*.py"))
+# As builtins, whether they are called or handed on
+RUNNERS = {"eval", "exec", "__import__"}
 CALLS = {
-    "eval",
-    "exec",
     "os.system",
     "os.popen",
-    "torch.hub.load",
-    "yaml.load",
-    "yaml.unsafe_load",
-    "yaml.full_load",
+    "tempfile.mktemp",
+    "pandas.read_pickle",
+    "runpy.run_path",
+    "runpy.run_module",
 }
-MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "requests", "urllib.request",
-           "http.client", "ftplib", "telnetlib", "smtplib"}  # fmt: skip
-# The one that asks the kernel for a free port of this machine
-SOCKETS = {"qtrain/training/launcher.py"}
+# Of these, everything but what is named
+YAML = {"yaml.safe_load", "yaml.safe_dump", "yaml.YAMLError"}
+PACKAGES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "jsonpickle", "requests",
+            "urllib.request", "urllib3", "httpx", "aiohttp", "http.client", "ftplib", "telnetlib", "smtplib", "socket",
+            "torch.hub"}  # fmt: skip
+# What is built, or imported, by a name that stands elsewhere: only where that name has been checked
+BY_NAME = {"importlib.import_module", "hydra.utils.instantiate", "hydra.utils.call", "hydra.utils.get_method",
+           "hydra.utils.get_class", "hydra.utils.get_object"}  # fmt: skip
+ALLOWED = {
+    "qtrain/training/launcher.py": {"socket"},  # asks the kernel for a free port of this machine
+    "qtrain/cli.py": {"importlib.import_module"},
+    "qtrain/training/assembly.py": {"importlib.import_module"},
+    "qtrain/training/worker.py": {"importlib.import_module"},
+    "qtrain/quant/formats/__init__.py": {"importlib.import_module"},
+    "kernels/qtrain_kernels/op.py": {"importlib.import_module"},
+    "qtrain/commands/bench.py": {"hydra.utils.instantiate"},
+    "scripts/mutate.py": {"importlib.import_module"},
+}
+
+
+def origins(tree: ast.AST) -> dict[str, str]:
+    """Local name -> what was imported under it, wherever in the file."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    return found
+
+
+def dotted(node: ast.AST, names: dict[str, str]) -> str:
+    """``torch.load`` of ``t.load`` after ``import torch as t``; a builtin stays its name; else what stands there."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, names)}.{node.attr}".removeprefix("builtins.")
+    return ast.unparse(node)
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def call_breaches(node: ast.Call, names: dict[str, str]) -> list[str]:
+    called, given = dotted(node.func, names), {k.arg: ast.unparse(k.value) for k in node.keywords}
+    found = []
+    if called == "compile":
+        found.append("calls compile")
+    if (
+        called.startswith("torch.")
+        and called.split(".")[-1] == "load"
+        and given.get("weights_only") != "True"
+    ):
+        found.append(f"{called} without weights_only=True")
+    if (called.endswith("load_from_checkpoint") or "ckpt_path" in given) and given.get(
+        "weights_only"
+    ) != "True":
+        found.append(f"{called} loads a checkpoint without weights_only=True")
+    # Positional: numpy.load(file, mmap_mode, allow_pickle)
+    pickled = called == "numpy.load" and len(node.args) > 2
+    if pickled or given.get("allow_pickle", "False") != "False" or given.get("shell", "False") != "False":
+        found.append(f"{called} with allow_pickle or shell")
+    return found
 
 
 def breaches(path: str, text: str) -> list[str]:
     """A line for everything in a source that could run what it reads, or reach out."""
+    tree = ast.parse(text)
+    names, allowed = origins(tree), ALLOWED.get(path, set())
     found = []
-    for node in ast.walk(ast.parse(text)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found += [f"{path}:{node.lineno}: imports {n}" for n in names if n in MODULES]
-        found += [
-            f"{path}:{node.lineno}: imports {n}" for n in names if n == "socket" and path not in SOCKETS
+    for node in ast.walk(tree):
+        said = [
+            f"imports {n}"
+            for n in imported(node)
+            if any(f"{n}.".startswith(f"{p}.") for p in PACKAGES - allowed)
         ]
-        if not isinstance(node, ast.Call):
-            continue
-        called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if called in CALLS or (called == "compile" and len(node.args) > 1):
-            found.append(f"{path}:{node.lineno}: calls {called}")
-        if called == "torch.load" and given.get("weights_only") != "True":
-            found.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
-        if given.get("allow_pickle", "False") != "False" or given.get("shell", "False") != "False":
-            found.append(f"{path}:{node.lineno}: {called} with allow_pickle or shell")
+        if isinstance(node, ast.Call):
+            said += call_breaches(node, names)
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            used = dotted(node, names)
+            if used in RUNNERS | CALLS | (BY_NAME - allowed) or (
+                used.startswith("yaml.") and used not in YAML
+            ):
+                said.append(f"uses {used}")
+        found += [f"{path}:{node.lineno}: {what}" for what in said]
     return found
 
 
@@ -66,10 +133,26 @@ def test_nothing_runs_what_it_reads():
 @pytest.mark.parametrize(
     "line",
     [
-        "eval('1')", "exec(text)", "compile(text, 'x', 'exec')", "import os; os.system('ls')", "import pickle",
+        "eval('1')", "exec(text)", "run = exec", "map(eval, texts)", "import builtins; builtins.eval(text)",
+        "compile(text, 'x', 'exec')", "compile(text, mode='exec', filename='x')", "__import__(name)",
+        "import os; os.system('ls')", "from os import system; system('ls')", "from os import system as s; s('ls')",
+        "import os as o; o.popen('ls')", "import runpy; runpy.run_path(path)", "import tempfile; tempfile.mktemp()",
+        "import pickle", "def f():\n    import pickle", "from pickle import loads", "import pickle as p", "import _pickle",
         "from urllib import request", "import urllib.request", "from requests import get", "import socket",
-        "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)",
-        "np.load(path, allow_pickle=True)", "subprocess.run(words, shell=True)", "yaml.load(text)",
+        "from urllib3 import PoolManager", "import http.client",
+        "import torch; torch.load(path)", "import torch; torch.load(path, weights_only=False)",
+        "import torch; torch.load(path, weights_only=flag)", "import torch as t; t.load(path)",
+        "from torch import load; load(path)", "from torch import load as l; l(path)",
+        "from torch.serialization import load; load(path)", "import torch; torch.jit.load(path)",
+        "import torch.hub", "from torch import hub", "trainer.fit(module, ckpt_path=path)",
+        "trainer.fit(module, ckpt_path=path, weights_only=None)", "Module.load_from_checkpoint(path)",
+        "import numpy as np; np.load(path, allow_pickle=True)", "import numpy as np; np.load(path, allow_pickle=flag)",
+        "import numpy as np; np.load(path, None, True)", "from numpy import load; load(path, None, True)",
+        "subprocess.run(words, shell=True)", "subprocess.run(words, shell=1)", "subprocess.run(words, shell=flag)",
+        "import yaml; yaml.load(text)", "import yaml; yaml.load(text, Loader=yaml.SafeLoader)",
+        "import yaml; yaml.unsafe_load(text)", "import yaml; yaml.dump(x)", "from yaml import full_load; full_load(text)",
+        "import importlib; importlib.import_module(name)", "from importlib import import_module; import_module(name)",
+        "from hydra.utils import instantiate; instantiate(cfg)", "import hydra; hydra.utils.call(cfg)",
     ],
 )  # fmt: skip
 def test_the_fence_sees(line):
@@ -78,10 +161,28 @@ def test_the_fence_sees(line):
 
 @pytest.mark.parametrize(
     "line",
-    ["torch.load(path, weights_only=True)", "model.compile()", "yaml.safe_load(text)", "subprocess.run(words)", "model.eval()"],
+    [
+        "import torch; torch.load(path, weights_only=True)", "from torch import load; load(path, weights_only=True)",
+        "import torch; torch.compile(f)", "model.compile()", "model.eval()", "import re; re.compile('x')", "parser.load(x)",
+        "trainer.fit(module, ckpt_path=path, weights_only=True)", "import numpy as np; np.load(path)",
+        "import numpy as np; np.load(path, allow_pickle=False)", "import yaml; yaml.safe_load(text)",
+        "import yaml; yaml.safe_dump(x, sort_keys=False)", "subprocess.run(words)", "subprocess.run(words, shell=False)",
+        "from urllib.parse import urlparse", "import torch.nn.functional as F", "compile: bool = False",
+    ],
 )  # fmt: skip
 def test_the_fence_lets_pass(line):
     assert breaches("qtrain/x.py", line) == []
+
+
+def test_an_exception_of_the_fence_is_of_one_file_and_one_name():
+    line = "import importlib; importlib.import_module(name)"
+    assert breaches("qtrain/cli.py", line) == []
+    assert breaches("qtrain/cli.py", "import socket") != []
+    assert breaches("qtrain/training/launcher.py", "import socket") == []
+    assert breaches("qtrain/training/launcher.py", line) != []
+    for path, names in ALLOWED.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert all(name.split(".")[-1] in text for name in names), path
 
 
 SECRETS = {
@@ -90,8 +191,10 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "QzVaws0secret0access0key",
     "GITHUB_TOKEN": "ghp_QzVnotatokenQzVnotatoken",
     "MY_PASSWORD": "QzVcorrecthorse",
+    "SLURM_JWT": "QzVeyJhbGciOiJIUzI1NiJ9",
 }
 NETRC_SECRET = "QzVnetrc" * 5
+REMOTE = "https://QzVremoteuser:QzVremotepass@host.example/x.git?token=QzVremotequery"
 TINY = ["data=text", "data.val_fraction=0.3", "model=gpt_1m", "model.layers=1", "sequence_tokens=32", "batch_sequences=2",
         "eval_windows=2", "schedule=constant", "schedule.warmup_steps=1", "compile=false", "device=cpu", "steps=2",
         "sample.max_new_tokens=1", "run=one"]  # fmt: skip
@@ -105,9 +208,23 @@ def write_texts(folder: Path) -> None:
         )
 
 
+def make_repository(folder: Path) -> None:
+    """A git repository with tokens in its remote's address and in what is not committed."""
+    (folder / "notes.txt").write_text("first\n")
+    for words in (
+        ["init", "-q"],
+        ["add", "notes.txt"],
+        ["-c", "user.name=n", "-c", "user.email=QzVmail@host.example", "commit", "-qm", "first"],
+        ["remote", "add", "origin", REMOTE],
+    ):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    (folder / "notes.txt").write_text("QzVuncommitted\n")
+
+
 def test_no_secret_stays_in_the_run_folder(tmp_path):
-    """Every byte of every file that the command leaves, W&B's logs included."""
+    """Every byte of every file that the command leaves, W&B's records and logs included."""
     write_texts(tmp_path / "texts")
+    make_repository(tmp_path)
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {NETRC_SECRET}\n")
     (tmp_path / "netrc").chmod(0o600)
     environment = {
@@ -127,8 +244,8 @@ def test_no_secret_stays_in_the_run_folder(tmp_path):
     assert any(p.name == "training.pt" for p in files)
     for path in files:
         data = path.read_bytes()
-        for name, secret in {**SECRETS, "netrc": NETRC_SECRET}.items():
-            assert secret.encode() not in data, (path, name)
+        assert b"QzV" not in data, path
+        assert SECRETS["WANDB_API_KEY"].encode() not in data, path
     for name, secret in SECRETS.items():
         assert secret not in done.stdout + done.stderr, name
 
@@ -146,43 +263,89 @@ def test_a_secret_in_the_configuration_is_refused(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("logger", [["logger=none"], ["logger=wandb"]], ids=["none", "wandb"])
-def test_nobody_is_called_unasked(tmp_path, monkeypatch, capfd, logger):
-    """No connection but to this machine, whoever tries: names are not even looked up."""
-    from qtrain import cli
+# Runs a command in a process that may speak to itself alone; what it tried is written down when it ends, so that
+# threads and exit handlers count.
+WATCHED = """
+import atexit, json, socket, sys
+tried, connect, look_up = [], socket.socket.connect, socket.getaddrinfo
 
+def refuse(whom):
+    tried.append(repr(whom))
+    open(sys.argv[1], "w").write(json.dumps(tried))
+    raise OSError(f"unasked: {whom}")
+
+def connect_here(self, address):
+    return connect(self, address) if self.family == socket.AF_UNIX else refuse(address)
+
+def look_up_nothing(host, *arguments, **named):
+    return look_up(host, *arguments, **named) if host in (None, "127.0.0.1", "localhost", "::1") else refuse(host)
+
+socket.socket.connect, socket.getaddrinfo = connect_here, look_up_nothing
+if sys.argv[2] == "try":
+    import urllib.request
+    urllib.request.urlopen("http://192.0.2.1/")
+from qtrain import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """watched(*words) -> (the process of the command, whom it tried to reach). Programs that it starts are told of a
+    proxy on this machine, which is nobody but this test."""
     write_texts(tmp_path / "texts")
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.chdir(tmp_path)
-    tried = []
-    connect = socket.socket.connect
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        proxy.setblocking(False)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        names = (
+            "WANDB_API_KEY",
+            "WANDB_MODE",
+            "WANDB_BASE_URL",
+            "WANDB_ERROR_REPORTING",
+            "NO_PROXY",
+            "no_proxy",
+        )
+        environment = {k: v for k, v in os.environ.items() if k not in names}
+        environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), address)
+        environment |= {"NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}
 
-    def here_only(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            tried.append(address)
-            raise OSError(f"unasked: {address}")
-        return connect(self, address)
+        def call(*words: str, watch: bool = True) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+            report = tmp_path / "tried.json"
+            code = (
+                WATCHED
+                if watch
+                else "import sys, urllib.request as u; u.urlopen('http://192.0.2.1/', timeout=1)"
+            )
+            command = [sys.executable, "-c", code, str(report), *words]
+            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+            tried = json.loads(report.read_text()) if report.exists() else []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    proxy.accept()[0].close()
+                    tried.append("the proxy")
+            return done, tried
 
-    look_up = socket.getaddrinfo
+        yield call
 
-    def local_names(host, *arguments, **named):
-        if host not in (None, "127.0.0.1", "::1", "localhost"):
-            tried.append(host)
-            raise OSError(f"unasked: {host}")
-        return look_up(host, *arguments, **named)
 
-    monkeypatch.setattr(socket.socket, "connect", here_only)
-    monkeypatch.setattr(socket, "getaddrinfo", local_names)
+@pytest.mark.parametrize("logger", ["none", "wandb"])
+def test_nobody_is_called_unasked(watched, tmp_path, logger):
+    """No connection but to this machine, whoever tries: names are not even looked up."""
     words = [
-        *TINY,
         f"data.source.paths=[{tmp_path / 'texts'}]",
         f"data.folder={tmp_path / 'shards'}",
-        *logger,
+        f"logger={logger}",
     ]
-    assert cli.main(["train", *words]) == 0, capfd.readouterr().err
+    done, tried = watched("train", *TINY, *words)
+    assert done.returncode == 0, done.stderr
     assert tried == []
-    with pytest.raises(OSError, match="unasked"):  # the watch itself works
-        socket.create_connection(("192.0.2.1", 80), timeout=1)
-    assert tried
+    assert bool(list(tmp_path.glob("outputs/train/one/wandb/offline-run-*/*.wandb"))) == (logger == "wandb")
+
+
+def test_the_watch_sees_both(watched):
+    done, tried = watched("try")
+    assert "unasked" in done.stderr
+    assert len(tried) == 1
+    assert watched("try", watch=False)[1][-1] == "the proxy"

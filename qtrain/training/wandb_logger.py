@@ -2,7 +2,9 @@
 
 An offline run lies in the run's folder and is uploaded with ``wandb sync <folder>/wandb/offline-run-*``. The axis
 of every curve is the number of tokens; ``step`` is logged beside it. No key is read here or written anywhere:
-wandb finds it itself.
+wandb finds it itself. Of its own accord wandb would also report on itself, over the network even where the run is
+offline, and keep the URL of the git remote and every SLURM_ variable, in which tokens stand: that is off. What a
+run is, its config and ``versions.json`` say.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from .run_folder import versions
+
 MODES = ("auto", "online", "offline")
 KINDS = ("wandb", "none")
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-_DEFAULT_URL = "https://api.wandb.ai"
+# Of the service, which has changed its name; wandb looks for both.
+_DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 def logged_in() -> bool:
@@ -27,9 +32,10 @@ def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or _DEFAULT_URL).netloc
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlparse(server).netloc,) if server else _DEFAULT_HOSTS
     try:
-        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+        return path.is_file() and any(netrc.netrc(path).authenticators(host) is not None for host in hosts)
     except netrc.NetrcParseError as error:
         raise ValueError(f"{path} cannot be read: {error}; mend it, or pass logger.mode=offline") from error
 
@@ -61,6 +67,8 @@ def make_logger(
     check_logger(logger)
     if logger["kind"] == "none":
         return None
+    # Read when wandb is imported and by the process that it starts; what the user has set stays
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -75,7 +83,14 @@ def make_logger(
         tags=list(logger["tags"]),
         mode=resolved_mode(logger["mode"]),  # type: ignore[arg-type]
         config=dict(config),
-        settings=wandb.Settings(silent=True, console="off", save_code=False),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_disable_meta=True,  # the command, the host, SLURM_JWT; metrics of the machine stay
+            git_commit=versions()["git_commit"],
+        ),
     )
     run.define_metric("tokens")
     for kind in ("train", "val"):

@@ -98,15 +98,41 @@ def test_another_recipe_quantizes_the_trained_weights(finished, tmp_path):
     assert found["data"]["val_windows"] == 3
 
 
+PLANTED = """
+from pathlib import Path
+Path("made").mkdir()
+"""
+
+
 @pytest.mark.parametrize("command", [evaluate, generate], ids=["evaluate", "generate"])
-def test_a_checkpoint_names_no_code_of_its_choice(finished, tmp_path, command):
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("data.source", {"_target_": "os.mkdir", "path": "made"}, r"data\.source\._target_=os\.mkdir"),
+        (
+            "schedule",
+            {"_target_": "qtrain.cli.main", "argv": ["train", "--allow-target", "os"]},
+            r"schedule\._target_=qtrain\.cli\.main",
+        ),
+        ("optimizer.states.exp_avg", "planted:Format", r"optimizer\.states\.exp_avg=planted:Format"),
+        ("recipe.linear.fprop.input", {"format": "planted:Format"}, r"fprop\.input\.format=planted:Format"),
+    ],
+    ids=["target", "command line", "spec", "format"],
+)
+def test_a_checkpoint_names_no_code_of_its_choice(
+    finished, tmp_path, monkeypatch, command, where, value, said
+):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     saved = read_checkpoint(checkpoint_of(finished))
-    saved["hyper_parameters"]["config"]["data"]["source"] = {
-        "_target_": "os.mkdir",
-        "path": str(tmp_path / "made"),
-    }
+    node = saved["hyper_parameters"]["config"]
+    *parents, last = where.split(".")
+    for key in parents:
+        node = node[key]
+    node[last] = value
     path = write_checkpoint(tmp_path, saved, step=9, tokens=9)
-    with pytest.raises(ValueError, match=r"os\.mkdir"):
+    with pytest.raises(ValueError, match=said):
         command.run(composed(command.CONFIG, f"checkpoint={path}"))
     assert not (tmp_path / "made").exists()
 

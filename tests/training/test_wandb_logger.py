@@ -13,7 +13,7 @@ from qtrain.training.fit import train
 from qtrain.training.run_folder import read_lines
 from qtrain.training.wandb_logger import check_logger, logged_in, resolved_mode
 
-from .wandb_records import read_run
+from .wandb_records import read_run, records
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,12 @@ def test_a_key_or_an_entry_in_netrc_is_a_login(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
     assert resolved_mode("auto") == "online"
     assert resolved_mode("offline") == "offline"
+    (tmp_path / "netrc").write_text("machine api.forge.coreweave.com login user password 0123456789\n")
+    assert resolved_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.mine.example")
+    assert resolved_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.mine.example login user password 0123456789\n")
+    assert resolved_mode("auto") == "online"
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
     assert resolved_mode("auto") == "online"
@@ -60,12 +66,24 @@ def test_an_offline_run(configure, tmp_path, monkeypatch):
     verdict, folder = train(assemble(config))
     assert verdict.good
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert records(log)
     # The records are protobuf, in which strings stand as they are
     text = log.read_bytes()
     for expected in (b"train/loss", b"train/grad_norm", b"val/bits_per_byte", b"tokens", b"final/val_loss"):
         assert expected in text, expected
     files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
     assert not [p for p in files if b"0123456789abcdef0123456789abcdef01234567" in p.read_bytes()]
+
+
+def test_it_says_nothing_of_itself_unless_told_to(configure, tmp_path, monkeypatch):
+    """Its reports go over the network, whatever the mode."""
+    for said, kept in ((None, "false"), ("true", "true")):
+        monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
+        if said is not None:
+            monkeypatch.setenv("WANDB_ERROR_REPORTING", said)
+        config = configure(tmp_path, "logger=wandb", "logger.mode=offline", "steps=1", f"run={kept}")
+        assert train(assemble(config))[0].good
+        assert os.environ["WANDB_ERROR_REPORTING"] == kept
 
 
 def test_a_resumed_run_is_one_curve(configure, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,14 +34,27 @@ def _messages(data: bytes) -> Iterator[bytes]:
             message = b""
 
 
-def read_run(log: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The run's id, and its rows with their ``_step``."""
+def records(log: Path, wait_seconds: float = 60.0) -> list[Any]:
+    """All records of a run that has finished. wandb's process writes the last of them after it has said so."""
     from wandb.proto import wandb_internal_pb2
 
+    end = time.monotonic() + wait_seconds
+    while True:
+        found = []
+        for message in _messages(log.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            found.append(record)
+        if found and found[-1].HasField("exit"):
+            return found
+        assert time.monotonic() < end, f"{log} has no last record"
+        time.sleep(0.05)
+
+
+def read_run(log: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The run's id, and its rows with their ``_step``."""
     run_id, rows = "", []
-    for message in _messages(log.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(message)
+    for record in records(log):
         if record.HasField("run"):
             run_id = record.run.run_id
         if record.HasField("history"):
