@@ -70,6 +70,7 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
     more = ["data.source.paths=[corpus]"] if (group, name) == ("data", "text") else []
+    more += ["data.folder=tokens"] if name.startswith("gpt2_124m_openwebtext") else []
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
@@ -102,6 +103,63 @@ def test_knobs_exist_where_they_mean_something():
     assert linear.wgrad.grad_output is None
     with pytest.raises(HydraException, match="w"):
         composed("train", "recipe=fp8_rowwise", "w=int4_row")
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m_openwebtext", "gpt2_124m_openwebtext_baseline"])
+def test_the_paper_s_experiment_has_the_paper_s_numbers(name):
+    """arXiv 2407.11722, section 4.1; the model is built on the meta device, where it weighs nothing."""
+    cfg = composed("train", f"experiment={name}", "data.folder=tokens", "compile=false")
+    parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    settings = parts.settings
+    assert (settings.steps, settings.batch_sequences, settings.sequence_tokens) == (300_000, 512, 1024)
+    assert settings.step_tokens == 524_288
+    assert settings.precision == "bf16"
+    with torch.device("meta"):
+        model = parts.make_model()
+    # 124,439,808 of GPT-2 and 47 more rows of the padded vocabulary
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + 47 * 768
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.1}
+    assert parts.model_config.dropout == 0.1
+    optimizer = parts.optimizer.for_model(torch.nn.Linear(2, 2))
+    (group, *_) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (6e-4, (0.9, 0.999), 0.1)
+    assert parts.optimizer.clip_norm == 1.0
+    assert (optimizer.recipe.exp_avg, optimizer.recipe.exp_avg_sq) == (None, None)
+    assert parts.schedule(0) == pytest.approx(1 / 1000, rel=0.01)
+    assert (parts.schedule(1000), parts.schedule(300_000)) == (1.0, pytest.approx(0.1))
+    specs = {k: str(v) for k, v in parts.recipe.linear.operands().items()} if parts.recipe.linear else {}
+    quantized = {k: v for k, v in specs.items() if v != "None"}
+    w8a8 = {"fprop.input": "int8 row", "fprop.weight": "int8 row"}
+    assert quantized == ({} if name.endswith("baseline") else w8a8)
+
+
+def test_the_paper_s_experiment_asks_for_its_data():
+    cfg = composed("train", "experiment=gpt2_124m_openwebtext")
+    assert OmegaConf.missing_keys(cfg) == {"data.folder"}
+
+
+def test_each_rung_of_the_ladder_lowers_one_thing():
+    """And the reference quantizes nothing."""
+    names = composed("ladder").rungs
+    shown = []
+    for name in names:
+        cfg = OmegaConf.to_container(composed("train", f"experiment={name}", "seed=4"), resolve=True)
+        assert (cfg["name"], cfg["run"]) == (name, "seed4")
+        parts = assemble({**cfg, "compile": False})
+        linear, optimizer = parts.recipe.linear, parts.optimizer.for_model(torch.nn.Linear(2, 2)).recipe
+        operands = [None] * 6 if linear is None else [linear.resolved(o) for o in linear.operands()]
+        shown.append([getattr(s, "bits", 32) for s in (*operands, optimizer.exp_avg, optimizer.exp_avg_sq)])
+    # fprop.input, fprop.weight, dgrad.grad_output, dgrad.weight, wgrad.grad_output, wgrad.input, m1, m2
+    assert shown == [
+        [32, 32, 32, 32, 32, 32, 32, 32],
+        [32, 8, 32, 8, 32, 32, 32, 32],
+        [8, 8, 32, 8, 32, 8, 32, 32],
+        [8, 8, 8, 8, 8, 8, 32, 32],
+        [8, 8, 8, 8, 8, 8, 8, 8],
+        [8, 4, 8, 4, 8, 8, 4, 8],
+    ]
+    sweep = OmegaConf.load(CONFIGS / "sweep" / "ladder.yaml").hydra.sweeper.params.experiment
+    assert sweep.split(",") == list(names)
 
 
 def test_moments_are_knobs_of_the_optimizers_that_have_them():
