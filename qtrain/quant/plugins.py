@@ -48,7 +48,7 @@ def load_instance(name: str, kind: str, wanted: type, hint: str = "") -> Any:
     found = found if isinstance(found, wanted) or not callable(found) else found()
     if not isinstance(found, wanted):
         raise TypeError(
-            f"{kind} {name!r} is a {type(found).__name__}, not a {wanted.__module__.removesuffix('.base')}.{wanted.__name__}"
+            f"{kind} {name!r} is a {type(found).__name__}, not a {wanted.__module__.removesuffix('.base').removesuffix('.transforms')}.{wanted.__name__}"
         )
     return found
 
