@@ -34,10 +34,9 @@ def test_logits_and_gradients_agree(case):
     mapped = hf_weights.from_huggingface(ours.config, gradients)
     for name, parameter in ours.named_parameters():
         assert parameter.grad.abs().max() > 0, name
-        # Relative to the largest: the gradient of a key's bias in GPT-2 is zero up to rounding
-        torch.testing.assert_close(
-            parameter.grad, mapped[name], rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}"
-        )
+        # The gradient of a key's bias in GPT-2 is zero up to rounding: hence an absolute part
+        error = (parameter.grad - mapped[name]).abs().max()
+        assert error < 1e-5 + 1e-4 * mapped[name].abs().max(), name
 
 
 @cases
