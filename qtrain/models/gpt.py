@@ -99,6 +99,10 @@ class GPTConfig:
         """D = width / heads."""
         return self.width // self.heads
 
+    def build(self, *, seed: int, pretrained: bool = True) -> GPT:
+        """The model with its initial weights."""
+        return GPT(self, seed=seed)
+
 
 def rope_angles(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, [S, D] float32, of position * base^(-2i/D) for the pairs (i, i + D/2).
@@ -247,6 +251,9 @@ class GPT(nn.Module):
                 generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
                 parameter.copy_(drawn * std)
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward pass: about L times less memory, a third more time."""

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from qtrain.data.sources import TextSource
 from qtrain.data.tokenizers import Tokenizer, get_tokenizer
-from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.models.protocol import ModelConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -96,7 +96,7 @@ class Assembly:
 
     config: Mapping[str, Any]
     settings: RunSettings
-    model_config: GPTConfig
+    model_config: ModelConfig
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
@@ -112,13 +112,12 @@ class Assembly:
         """Processes of the run, as the trainer's configuration says."""
         return self.processes.world_size
 
-    def make_model(self) -> nn.Module:
-        """The model with its initial weights, in high precision."""
-        return GPT(
-            self.model_config,
-            seed=self.settings.seed,
-            activation_checkpointing=self.settings.activation_checkpointing,
-        )
+    def make_model(self, *, pretrained: bool = True) -> nn.Module:
+        """The model with its initial weights, in high precision; of type ``LanguageModel``. pretrained: see
+        ``ModelConfig.build``."""
+        model = self.model_config.build(seed=self.settings.seed, pretrained=pretrained)
+        model.set_activation_checkpointing(self.settings.activation_checkpointing)
+        return model
 
 
 def _check_fit(parts: Assembly) -> None:
@@ -179,6 +178,19 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
+def _model_config(config: Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
+    """A vocabulary that is left open is the tokenizer's."""
+    if config.get("vocab_size", 0) is None:
+        config = {**config, "vocab_size": tokenizer.vocab_size}
+    model = build(config)
+    if not isinstance(model, ModelConfig):
+        raise TypeError(
+            f"model is a {type(model).__name__}: its _target_ must be a configuration that builds a model "
+            "(qtrain.models.protocol.ModelConfig), as in configs/model"
+        )
+    return model
+
+
 def assemble(config: Mapping[str, Any]) -> Assembly:
     """The parts of the run that ``config`` describes, checked alone and against each other.
 
@@ -190,14 +202,15 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
         raise TypeError(
             f"recipe is a {type(recipe).__name__}: give it _target_: qtrain.quant.ModelRecipe, as in configs/recipe"
         )
+    tokenizer = get_tokenizer(data["tokenizer"])
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=build(config["model"]),
+        model_config=_model_config(config["model"], tokenizer),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        tokenizer=get_tokenizer(data["tokenizer"]),
+        tokenizer=tokenizer,
         source=build(data["source"]),
     )
     _check_fit(parts)

@@ -38,7 +38,7 @@ class Evaluation:
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
     """The run's model with its weights, under the recipe of ``run.parts``."""
-    module = QuantizedTransformer(run.parts)
+    module = QuantizedTransformer(run.parts, continues=True)
     module.configure_model()
     module.load_state_dict(run.checkpoint["state_dict"])
     return module

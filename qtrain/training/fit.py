@@ -124,7 +124,7 @@ def _run(
     logger = (
         make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
     )
-    module = QuantizedTransformer(parts)
+    module = QuantizedTransformer(parts, continues=start.checkpoint is not None)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
         verdict = _fit(trainer, module, data, start)

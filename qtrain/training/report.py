@@ -56,7 +56,7 @@ def sample_text(
             temperature=settings.temperature,
             top_k=settings.top_k,
             seed=seed,
-            sequence_tokens=int(model.config.sequence_tokens),  # type: ignore[union-attr, arg-type]
+            sequence_tokens=module.parts.model_config.sequence_tokens,
         )
     return tokenizer.decode(tokens[0].tolist())
 
