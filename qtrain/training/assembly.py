@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtrain.data.sources import TextSource
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
 from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
@@ -92,7 +92,8 @@ class OptimizerParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The parts of a run. ``config`` is the plain configuration they were made from."""
+    """The parts of a run. ``config`` is the plain configuration they were made from. ``tokenizer``: may be still to be
+    trained; the prepared data have the one that was."""
 
     config: Mapping[str, Any]
     settings: RunSettings
@@ -100,7 +101,7 @@ class Assembly:
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | BpeTraining
     source: TextSource
 
     @property
@@ -165,6 +166,13 @@ def resolved_device(device: str) -> str:
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _with_vocabulary(model: Mapping[str, Any], vocab_size: int) -> Mapping[str, Any]:
+    """``model`` with the tokenizer's vocabulary where it leaves that open (null)."""
+    if "vocab_size" in model and model["vocab_size"] is None:
+        return {**model, "vocab_size": vocab_size}
+    return model
+
+
 def _settings(config: Mapping[str, Any]) -> RunSettings:
     """A micro-batch that is left open is the whole share of a process in a step."""
     if config["micro_batch_sequences"] is not None:
@@ -179,12 +187,14 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
-def assemble(config: Mapping[str, Any]) -> Assembly:
-    """The parts of the run that ``config`` describes, checked alone and against each other.
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | BpeTraining | None = None) -> Assembly:
+    """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
+    the place of the one that ``config`` names, as where a checkpoint brings it.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
     data = config["data"]
+    tokenizer = tokenizer or get_tokenizer(data["tokenizer"])
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
@@ -193,11 +203,11 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=build(config["model"]),
+        model_config=build(_with_vocabulary(config["model"], tokenizer.vocab_size)),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        tokenizer=get_tokenizer(data["tokenizer"]),
+        tokenizer=tokenizer,
         source=build(data["source"]),
     )
     _check_fit(parts)
