@@ -30,6 +30,8 @@ from .settings import RunSettings
 
 # What the optimizer's mapping holds beside the arguments of its class.
 _CLIP = "clip_norm"
+# Top-level knobs of the optimizers that have ``states``.
+_MOMENTS = ("m1", "m2")
 
 
 def locate(target: str) -> Any:
@@ -136,6 +138,12 @@ def _check_fit(parts: Assembly) -> None:
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
+    idle = [key for key in _MOMENTS if key in parts.config]
+    if idle and "states" not in parts.optimizer.target:
+        raise ValueError(
+            f"{' and '.join(idle)} would do nothing: {optimizer} has states of its own; take them out (~{' ~'.join(idle)}), or "
+            "take optimizer=adamw, whose moments they choose"
+        )
     if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
         raise ValueError(
             f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
