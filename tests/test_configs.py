@@ -69,21 +69,24 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    more = ["data.source.paths=[corpus]"] if (group, name) == ("data", "text") else []
-    more += ["data.folder=tokens"] if name.startswith("gpt2_124m_openwebtext") else []
+    files = group == "data" and name in ("text", "jsonl", "parquet")
+    more = ["data.source.paths=[corpus]"] if files else []
+    if group == "data" or "openwebtext" in name:  # what the hub's corpora name is on the hub
+        more.append("data.tokenizer=byte")
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
             assemble(OmegaConf.to_container(cfg, resolve=True))
         cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    if (group, name) != ("data", "text"):
-        assert isinstance(parts.source, StdlibSource)
+    assert isinstance(parts.source, StdlibSource) == (
+        "openwebtext" not in name and (group != "data" or name == "stdlib")
+    )
 
 
 def test_every_primary_config_composes():
     primaries = {f.stem for f in CONFIGS.glob("*.yaml")}
-    assert primaries >= {"train", "evaluate", "generate"}
+    assert primaries >= {"train", "prepare", "evaluate", "generate"}
     for name in primaries:
         OmegaConf.to_container(composed(name), resolve=True)
 
@@ -105,23 +108,33 @@ def test_knobs_exist_where_they_mean_something():
         composed("train", "recipe=fp8_rowwise", "w=int4_row")
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m_openwebtext", "gpt2_124m_openwebtext_baseline"])
+# Parameters: GPT-2's 124,439,808 and 47 rows more of the padded vocabulary; Llama's two tables of it, four matrices of
+# attention, three of the MLP and two gains a layer, and the last gain
+PAPERS = {
+    "gpt2_124m_openwebtext": 124_439_808 + 47 * 768,
+    "llama_222m_openwebtext": 2 * 50304 * 640 + 24 * (4 * 640 * 640 + 3 * 640 * 2560 + 2 * 640) + 640,
+}
+
+
+@pytest.mark.parametrize("name", [f"{name}{twin}" for name in PAPERS for twin in ("", "_baseline")])
 def test_the_paper_s_experiment_has_the_paper_s_numbers(name):
-    """arXiv 2407.11722, section 4.1; the model is built on the meta device, where it weighs nothing."""
-    cfg = composed("train", f"experiment={name}", "data.folder=tokens", "compile=false")
+    """arXiv 2407.11722; the model is built on the meta device, where it weighs nothing."""
+    cfg = composed("train", f"experiment={name}", "compile=false")
+    assert cfg.data.tokenizer == "tiktoken:gpt2"
+    cfg.data.tokenizer = "byte"  # GPT-2's comes from the network
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     settings = parts.settings
+    assert parts.source.dataset == "Skylion007/openwebtext"
     assert (settings.steps, settings.batch_sequences, settings.sequence_tokens) == (300_000, 512, 1024)
     assert settings.step_tokens == 524_288
     assert settings.precision == "bf16"
     with torch.device("meta"):
         model = parts.make_model()
-    # 124,439,808 of GPT-2 and 47 more rows of the padded vocabulary
-    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + 47 * 768
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.1}
-    assert parts.model_config.dropout == 0.1
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PAPERS[name.removesuffix("_baseline")]
+    assert getattr(parts.model_config, "dropout", 0.0) == (0.1 if name.startswith("gpt2") else 0.0)
     optimizer = parts.optimizer.for_model(torch.nn.Linear(2, 2))
-    (group, *_) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (6e-4, (0.9, 0.999), 0.1)
     assert parts.optimizer.clip_norm == 1.0
     assert (optimizer.recipe.exp_avg, optimizer.recipe.exp_avg_sq) == (None, None)
@@ -131,11 +144,6 @@ def test_the_paper_s_experiment_has_the_paper_s_numbers(name):
     quantized = {k: v for k, v in specs.items() if v != "None"}
     w8a8 = {"fprop.input": "int8 row", "fprop.weight": "int8 row"}
     assert quantized == ({} if name.endswith("baseline") else w8a8)
-
-
-def test_the_paper_s_experiment_asks_for_its_data():
-    cfg = composed("train", "experiment=gpt2_124m_openwebtext")
-    assert OmegaConf.missing_keys(cfg) == {"data.folder"}
 
 
 def test_each_rung_of_the_ladder_lowers_one_thing():
