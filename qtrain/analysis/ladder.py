@@ -188,6 +188,9 @@ def _judge(name: str, records: Sequence[RunRecord], reference: Rung, limits: Thr
     pairs = [(runs[s], reference.runs[s]) for s in relative]
     speeds = [a.tokens_per_s / b.tokens_per_s for a, b in pairs if a.tokens_per_s and b.tokens_per_s]
     notes = []
+    missing = sorted(set(reference.runs) - set(runs)) if records else []
+    if missing:
+        notes.append(f"no run that counts of seed {', '.join(map(str, missing))}, which the reference has")
     if any(a.config.get(key) != b.config.get(key) for a, b in pairs for key in _SAME_SPEED):
         notes.append("its speed was measured under other settings than the reference's")
     return Rung(

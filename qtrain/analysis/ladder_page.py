@@ -137,8 +137,8 @@ def page(rungs: Sequence[Rung], limits: Thresholds, command: str) -> str:
             "- States are what the optimizer held at the end: measured, and really saved. Weights are float32 masters, 4 bytes "
             "a parameter on every rung: weights, activations and gradients are rounded to their grids and multiplied in "
             "ordinary precision (simulated), which saves no memory.",
-            "- Speed is that of these runs, relative to the reference; simulated quantization is slower than none. It says "
-            "nothing of hardware that multiplies in low precision.",
+            "- Speed is that of these runs, relative to the reference; simulated quantization is slower than none, and "
+            "other work on the machine counts too. It says nothing of hardware that multiplies in low precision.",
             "- A spike is a step whose log loss lies 8 robust standard deviations above the 100 before it.",
             "",
             f"Made by `{command}`; every number is in {NUMBERS}.",

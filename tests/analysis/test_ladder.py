@@ -152,6 +152,7 @@ def test_the_page_names_every_run_that_does_not_count(root) -> None:
     assert f"{root / 'arm' / 'seed2'} (unfinished): no verdict after step 60" in unsound
     assert f"{root / 'arm' / 'seed3'} (diverged)" in unsound
     assert "absent: no run was found" in unsound
+    assert "no run that counts of seed 2, 3, which the reference has" in text
     assert "| arm | **not yet** | 2 (+2 left out) | +0.15 (" in text
     assert "| absent | **hold** | 0 | ? | ? | ? | ? | ? |" in text
     assert "`qtrain ladder runs=here`" in text
