@@ -16,6 +16,7 @@ from qtrain.training.assembly import assemble
 from qtrain.training.checkpoints import checkpoint_name
 from qtrain.training.evaluation import evaluate
 from qtrain.training.fit import train
+from qtrain.training.identity import differences, recipe_digest
 from qtrain.training.processes import ProcessSettings, connected
 from qtrain.training.saved import TrainedRun, read_checkpoint
 from qtrain.training.strategy import compile_for, shard
@@ -122,3 +123,28 @@ def test_what_builds_no_model_is_refused(configure, tmp_path):
 def test_a_vocabulary_left_open_is_the_tokenizers(configure, tmp_path):
     assert assemble(configure(tmp_path, "model.vocab_size=null")).model_config.vocab_size == 257
     assert assemble(configure(tmp_path, "model.vocab_size=300")).model_config.vocab_size == 300
+
+
+def test_a_continuation_may_write_a_models_defaults_out(configure, tmp_path):
+    """A checkpoint of before an option existed is of the same run as a config that gives the option's default."""
+    config = configure(tmp_path)
+    parts = assemble(config)
+    saved = {
+        "hyper_parameters": {"config": {**config, "model": dict(config["model"])}},
+        "qtrain": {
+            "recipe_sha256": recipe_digest(parts.recipe),
+            "data": {"shards": 1, "sequence_tokens": 32},
+        },
+    }
+
+    def found(change):
+        saved["hyper_parameters"]["config"]["model"] = change(dict(config["model"]))
+        return differences(saved, config, parts.model_config, parts.recipe, saved["qtrain"]["data"])
+
+    assert found(lambda model: model) == []
+    assert found(lambda model: {k: v for k, v in model.items() if k not in ("init_std", "init_from")}) == []
+    assert found(lambda model: {k: v for k, v in model.items() if k != "positions"})[0].startswith("model: ")
+    assert found(lambda model: {**model, "bias": True})[0].startswith("model: ")
+    assert found(lambda model: {**model, "_target_": "qtrain.models.llama.LlamaConfig"})[0].startswith(
+        "model: "
+    )
