@@ -33,7 +33,7 @@ _PLUG_IN = re.compile(r"([\w.]+):[^\W\d]\w*")
 _TEXT = frozenset(
     {
         "baseline", "checkpoint", "data_folder", "entity", "folder", "init_from", "name", "out", "paths", "project", "prompt",
-        "resume", "root", "run", "separator", "tags",
+        "resume", "root", "run", "separator", "tags", "tokenizer",
     }
 )  # fmt: skip
 

@@ -7,15 +7,14 @@ its checkpoint and one that completed is passed over, so that the study's own co
 from __future__ import annotations
 
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qtrain.training.run_folder import SUMMARY, VERDICT
 
@@ -88,15 +87,20 @@ class Run:
         return [*train, *settings, *self.arm.overrides, *own]
 
     @property
-    def completed(self) -> bool:
+    def outcome(self) -> str | None:
+        """How it ended: "completed" or "non_finite", which is a result too; None where it did not, or was cut off."""
         verdict = self.folder / VERDICT
-        if not (self.folder / SUMMARY).is_file() or not verdict.is_file():
-            return False
-        return json.loads(verdict.read_text(encoding="utf-8"))["outcome"] == "completed"
+        found = json.loads(verdict.read_text(encoding="utf-8"))["outcome"] if verdict.is_file() else None
+        if found == "completed":
+            return found if (self.folder / SUMMARY).is_file() else None
+        return found if found == "non_finite" else None
 
-    def numbers(self) -> dict[str, Any]:
-        """Its summary.json."""
-        return json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+    @property
+    def val_loss(self) -> float:
+        """Nats per token; infinite for a run whose numbers were."""
+        if self.outcome == "non_finite":
+            return math.inf
+        return float(json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))["val_loss"])
 
     @property
     def cpu_seconds(self) -> float:
@@ -114,74 +118,81 @@ class RunFailed(Exception):
     """A run ended badly; the message names it, its command and its log."""
 
 
-def _limit_threads() -> dict[str, str]:
-    """One thread a process: two runs side by side are faster than two threads, and sums keep their order."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+@dataclass
+class _Running:
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, options: int = 0) -> float | None:
+        """Waits for its end, unless options says os.WNOHANG. Returns its processor time, and keeps it; None where it runs."""
+        pid, status, usage = os.wait4(self.process.pid, options)
+        if pid == 0:
+            return None
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = usage.ru_utime + usage.ru_stime
+        if self.run.folder.is_dir():
+            with (self.run.folder / CPU_TIME).open("a", encoding="utf-8") as file:
+                file.write(f"{seconds:.2f}\n")
+        return seconds
 
 
 def run_all(
     runs: Sequence[Run], workers: int, settings: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> None:
-    """Runs what is not completed, ``workers`` processes at a time. Ctrl-C, or a run that fails, ends the others, which
+    """Runs what has not ended, ``workers`` processes at a time. Ctrl-C, or a run that fails, ends the others, which
     save their state first. Raises RunFailed, naming the first run that failed."""
-    left = [run for run in runs if not run.completed]
+    left = [run for run in runs if run.outcome is None]
     if len(left) < len(runs):
-        say(f"{len(runs) - len(left)} of {len(runs)} runs are completed already")
-    running: dict[int, tuple[Run, subprocess.Popen[bytes], Path]] = {}
+        say(f"{len(runs) - len(left)} of {len(runs)} runs have ended already")
+    running: list[_Running] = []
     begun, done = time.monotonic(), 0
     try:
         while left or running:
             while left and len(running) < workers:
-                run = left.pop(0)
-                process, log = _start(run, settings)
-                running[process.pid] = run, process, log
-            pid, status, usage = os.wait4(-1, 0)
-            if pid not in running:
-                continue
-            run, process, log = running.pop(pid)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            _record(run, usage)
-            if process.returncode != 0 or not run.completed:
-                raise RunFailed(_failure(run, process.returncode, settings, log))
+                running.append(_start(left.pop(0), settings))
+            ended, seconds = _next_ended(running)
+            run = ended.run
+            if run.outcome is None:
+                raise RunFailed(_failure(ended, settings))
             done += 1
             rest = len(left) + len(running)
             minutes = (time.monotonic() - begun) / done * rest / 60
-            say(
-                f"{run.name}: validation loss {run.numbers()['val_loss']:.4f} ({usage.ru_utime + usage.ru_stime:.0f} s "
-                f"of processor time); {rest} runs left, about {minutes:.0f} min"
-            )
+            found = f"{run.name}: validation loss {run.val_loss:.4f} ({seconds:.0f} s of processor time)"
+            say(f"{found}; {rest} runs left, about {minutes:.0f} min")
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for run, process, _ in running.values():
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            _record(run, usage)
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.wait()
 
 
-def _start(run: Run, settings: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
+def _next_ended(running: list[_Running]) -> tuple[_Running, float]:
+    """Takes the first that has ended out of the list: it, and its processor time."""
+    while True:
+        for one in running:
+            if (seconds := one.wait(os.WNOHANG)) is not None:
+                running.remove(one)
+                return one, seconds
+        time.sleep(0.2)  # short beside a run
+
+
+def _start(run: Run, settings: Sequence[str]) -> _Running:
     log = run.out / "logs" / f"{run.arm.name}-seed{run.seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread a process: two runs side by side are faster than two threads, and sums keep their order
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
-        return subprocess.Popen(
-            run.command(settings), stdout=file, stderr=subprocess.STDOUT, env=_limit_threads()
-        ), log
+        process = subprocess.Popen(run.command(settings), stdout=file, stderr=subprocess.STDOUT, env=env)
+    return _Running(run, process, log)
 
 
-def _record(run: Run, usage: resource.struct_rusage) -> None:
-    if run.folder.is_dir():
-        with (run.folder / CPU_TIME).open("a", encoding="utf-8") as file:
-            file.write(f"{usage.ru_utime + usage.ru_stime:.2f}\n")
-
-
-def _failure(run: Run, code: int, settings: Sequence[str], log: Path) -> str:
-    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-    command = " ".join(["qtrain", *run.command(settings)[3:]])
-    return "\n".join(
-        [
-            f"the run {run.name} ended with exit code {code}; its command:",
-            f"  {command}",
-            f"the end of {log}:",
-        ]
-        + [f"  {line}" for line in last]
-    )
+def _failure(ended: _Running, settings: Sequence[str]) -> str:
+    run, last = ended.run, ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+    lines = [
+        f"the run {run.name} ended with exit code {ended.process.returncode}; its command:",
+        f"  {' '.join(['qtrain', *run.command(settings)[3:]])}",
+        f"the end of {ended.log}:",
+        *(f"  {line}" for line in last),
+    ]
+    return "\n".join(lines)

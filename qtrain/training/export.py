@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from qtrain.data.tokenizers import Tokenizer
+from qtrain.data.tokenizers.huggingface import FILE, HuggingFaceTokenizer
 from qtrain.models import hf_config, hf_folder, hf_weights
 from qtrain.models.decoder import DecoderConfig
 
@@ -16,7 +17,6 @@ from .saved import TrainedRun
 _MODEL = "model."
 # Names that a quantizer's own state has (learned, static and delayed ranges)
 _QUANTIZERS = ".quantizers."
-_TOKENIZER = "tokenizer.json"
 
 
 def weights_of(run: TrainedRun) -> tuple[dict[str, Tensor], list[str]]:
@@ -31,7 +31,7 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
 
     Raises ValueError where Hugging Face has no such model, or ``folder`` exists.
     """
-    config, tokenizer = run.parts.model_config, run.parts.tokenizer
+    config, tokenizer = run.parts.model_config, run.tokenizer
     weights, left_out = weights_of(run)
     if not isinstance(config, DecoderConfig):
         raise ValueError(
@@ -54,20 +54,16 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
     return notes
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> str:
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Writes the tokenizer where it is one of Hugging Face's; returns what to say about it."""
-    files = tokenizer.files() if hasattr(tokenizer, "files") else {}
-    if _TOKENIZER not in files:
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
         return (
             f"no tokenizer files: the tokenizer {tokenizer.name!r} has no Hugging Face form; its ids are "
             f"0..{tokenizer.vocab_size - 1}, and {tokenizer.eot_token} ends a document"
         )
-    file = folder / _TOKENIZER
-    file.write_bytes(files[_TOKENIZER])
+    file = folder / FILE
+    file.write_bytes(tokenizer.files()[FILE])
     fast = hf_config.huggingface().PreTrainedTokenizerFast(tokenizer_file=str(file))
-    eot = fast.convert_ids_to_tokens(tokenizer.eot_token)
-    fast.add_special_tokens({"bos_token": eot, "eos_token": eot})
+    fast.add_special_tokens({"bos_token": tokenizer.eot, "eos_token": tokenizer.eot})
     fast.save_pretrained(folder)
-    return (
-        f"the tokenizer {tokenizer.name!r} is written too; {eot} (id {tokenizer.eot_token}) ends a document"
-    )
+    return f"the tokenizer {tokenizer.name!r} is written too; {tokenizer.eot} (id {tokenizer.eot_token}) ends a document"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 
 from qtrain.commands import evaluate, export, train
+from qtrain.data.tokenizers.huggingface import HuggingFaceTokenizer
 from qtrain.training.checkpoints import write_checkpoint
 from qtrain.training.export import export_huggingface, weights_of
 from qtrain.training.saved import checkpoint_of, read_checkpoint, trained_run
@@ -142,28 +144,20 @@ def test_ranges_of_quantizers_are_left_out_and_said(finished, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf") is not None
 
 
-class TinyTokenizer:
-    """One of Hugging Face's, with what export reads of it."""
-
-    name, vocab_size, eot_token = "tiny", 3, 2
-
-    def files(self):
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
-        found = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="a"))
-        found.pre_tokenizer = pre_tokenizers.Whitespace()
-        found.add_special_tokens(["<end>"])
-        return {"tokenizer.json": found.to_str().encode()}
-
-
 def test_a_tokenizer_of_hugging_face_s_is_written(finished, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["<end>"])
     run = trained_run(checkpoint_of(finished), {"device": "cpu"})
-    object.__setattr__(run.parts, "tokenizer", TinyTokenizer())
-    notes = export_huggingface(run, tmp_path / "hf")
+    tiny = HuggingFaceTokenizer(words.to_str(), "<end>", "tiny")
+    notes = export_huggingface(replace(run, tokenizer=tiny), tmp_path / "hf")
     assert notes[-1] == "the tokenizer 'tiny' is written too; <end> (id 2) ends a document"
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded("b a b")["input_ids"] == [1, 0, 1]
     assert loaded.eos_token_id == 2
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
 
 
 def test_check_refuses(finished, tmp_path):

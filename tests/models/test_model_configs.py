@@ -26,7 +26,9 @@ def named_size(stem: str) -> tuple[float, float]:
 
 def config_of(stem: str) -> DecoderConfig:
     with initialize_config_dir(str(FOLDER.parent), version_base="1.3"):
-        return instantiate(compose("bench", [f"model={stem}"]).model, _convert_="all")
+        cfg = compose("bench", [f"model={stem}"]).model
+    more = {"vocab_size": 257} if cfg.vocab_size is None else {}  # left to the tokenizer: bytes
+    return instantiate(cfg, **more, _convert_="all")
 
 
 def parameters_of(stem: str) -> int:
