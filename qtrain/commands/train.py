@@ -59,6 +59,8 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
+    from qtrain.models.decoder import DecoderConfig
+    from qtrain.models.hf_folder import check_pretrained
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.baselines import reference_run
     from qtrain.training.saved import check_resume
@@ -72,6 +74,8 @@ def check(cfg: DictConfig) -> None:
     if settings.baseline is not None:
         reference_run(settings.baseline, settings.out)
     check_resume(settings)
+    if settings.resume is None and isinstance(parts.model_config, DecoderConfig):
+        check_pretrained(parts.model_config)
 
 
 def run(cfg: DictConfig) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from qtrain.models.protocol import ModelConfig
 from qtrain.nn.surgery import SurgeryReport
 from qtrain.quant import ModelRecipe
 
@@ -50,17 +51,31 @@ def check_allowed(names: Sequence[str]) -> None:
         )
 
 
+def _same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], model: ModelConfig) -> bool:
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(model)} if is_dataclass(model) else {}
+    names = set(ours) | set(theirs)
+    there = {n: theirs.get(n, defaults.get(n)) for n in names}
+    # What is written here, or what became of it: a vocabulary that is left open is the tokenizer's
+    return all(there[n] == ours.get(n, defaults.get(n)) or there[n] == getattr(model, n, None) for n in names)
+
+
 def differences(
-    saved: Mapping[str, Any], config: Mapping[str, Any], recipe: ModelRecipe, data: Mapping[str, Any]
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    recipe: ModelRecipe,
+    data: Mapping[str, Any],
 ) -> list[str]:
-    """What ``config``, ``recipe`` and ``data`` describe otherwise than the checkpoint ``saved`` has it, a sentence
-    each. Recipes are compared by what they mean, not by how they are written."""
+    """What ``config``, ``model`` (which is built from it), ``recipe`` and ``data`` describe otherwise than the checkpoint
+    ``saved`` has it, a sentence each. Recipes are compared by what they mean, not by how they are written, and a value
+    of a model that one side leaves out is its class's default."""
     theirs = saved["hyper_parameters"]["config"]
     keys = (set(config) | set(theirs)) - FREE - _KNOBS - {"data", "recipe"}
     found = [
         f"{key}: {theirs.get(key)} there, {config.get(key)} here"
         for key in sorted(keys)
         if config.get(key) != theirs.get(key)
+        and not (key == "model" and _same_model(config[key], theirs.get(key, {}), model))
     ]
     facts = saved["qtrain"]
     if facts["recipe_sha256"] != recipe_digest(recipe) and "recipe" not in config.get("allow_changed", ()):
