@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document, FileSource, matching_files
+from .base import Document, FileSource, SourceError, matching_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BAD_LINES = ("error", "skip")
@@ -22,7 +22,7 @@ _CHUNK_BYTES = 1 << 16
 class JsonLinesSource(FileSource):
     """paths: files, folders (their .jsonl, .jsonl.gz, .jsonl.zst) or glob patterns; compressed by their last suffix.
 
-    text_key: of each line's object, the key that holds the text. bad_lines: ``error`` raises ValueError at a line that
+    text_key: of each line's object, the key that holds the text. bad_lines: ``error`` raises SourceError at a line that
     is no JSON object with a text under that key, naming file and line; ``skip`` leaves it out and counts it in
     ``skipped``. Blank lines are no lines. A compressed file that is cut is an error either way.
     """
@@ -78,7 +78,7 @@ class JsonLinesSource(FileSource):
                 text = self._text(line)
             except ValueError as error:
                 if self.bad_lines == "error":
-                    raise ValueError(
+                    raise SourceError(
                         f"{path}:{number}: {error}; mend the line, or leave such lines out with bad_lines=skip"
                     ) from None
                 skipped.append(f"{file_id}:{number}")
@@ -87,14 +87,14 @@ class JsonLinesSource(FileSource):
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """From 1. Raises ValueError, naming the place, where a compressed file is cut or damaged."""
+    """From 1. Raises SourceError, naming the place, where a compressed file is cut or damaged."""
     number = 0
     try:
         with path.open("rb") as raw:
             for number, line in enumerate(_lines(path, raw), start=1):
                 yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{number + 1}: the compressed file is cut or damaged ({error})") from error
+        raise SourceError(f"{path}:{number + 1}: the compressed file is cut or damaged ({error})") from error
 
 
 def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
