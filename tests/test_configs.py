@@ -70,7 +70,7 @@ def test_every_file_of_every_group_composes(group, name):
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     if (group, name) != ("data", "text"):
-        assert isinstance(parts.source, StdlibSource)
+        assert isinstance(parts.data.source, StdlibSource)
 
 
 def test_every_primary_config_composes():

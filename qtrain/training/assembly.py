@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qtrain.data.sources import TextSource
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.corpus import DataPlan, PreparedText
+from qtrain.data.tokenizers import Tokenizer
 from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
@@ -100,8 +100,12 @@ class Assembly:
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
-    tokenizer: Tokenizer
-    source: TextSource
+    data: DataPlan
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the data; None where they name none."""
+        return self.data.tokenizer
 
     @property
     def processes(self) -> ProcessSettings:
@@ -123,16 +127,17 @@ class Assembly:
 
 def _check_fit(parts: Assembly) -> None:
     """What one part demands of another."""
-    settings, model, vocabulary = parts.settings, parts.model_config, parts.tokenizer.vocab_size
+    settings, model, vocabulary = parts.settings, parts.model_config, parts.data.vocab_size
     if settings.sequence_tokens > model.sequence_tokens:
         raise ValueError(
             f"sequence_tokens={settings.sequence_tokens} exceeds model.sequence_tokens={model.sequence_tokens}; "
             "shorten the sequences or raise both"
         )
     if model.vocab_size < vocabulary:
+        whose = "data" if parts.tokenizer is None else f"tokenizer {parts.tokenizer.name!r}"
         raise ValueError(
-            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} ids of the tokenizer "
-            f"{parts.tokenizer.name!r}; set model.vocab_size={vocabulary} or more"
+            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} ids of the {whose}; set "
+            f"model.vocab_size={vocabulary} or more"
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
@@ -179,12 +184,19 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
+def _data(config: Mapping[str, Any]) -> DataPlan:
+    """Texts to prepare, where the configuration has no ``_target_``."""
+    if "_target_" in config:
+        plan: DataPlan = build(config)
+        return plan
+    return PreparedText(**build(config))
+
+
 def assemble(config: Mapping[str, Any]) -> Assembly:
     """The parts of the run that ``config`` describes, checked alone and against each other.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
-    data = config["data"]
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
@@ -197,8 +209,7 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        tokenizer=get_tokenizer(data["tokenizer"]),
-        source=build(data["source"]),
+        data=_data(config["data"]),
     )
     _check_fit(parts)
     _check_machine(parts.settings)

@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from qtrain.data.corpus import PreparedCorpus
 from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
@@ -23,11 +24,11 @@ from .baselines import ReferenceRun, reference_run, trigram_loss
 from .callbacks.checkpoint import CheckpointWriter, of_storage, storage_verdict
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .checkpoints import checkpoint_name
-from .datamodule import WindowsDataModule, open_shards
+from .datamodule import WindowsDataModule, open_corpus
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
-from .report import optimizer_state_bytes, print_report, sample_text, summarize
+from .report import NO_TOKENIZER, optimizer_state_bytes, print_report, sample_text, summarize
 from .resume import Start, start_run
 from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
 from .settings import PRECISIONS
@@ -99,7 +100,7 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     """
     begun, settings = time.perf_counter(), parts.settings
     reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
-    data = WindowsDataModule(parts, rank_zero_first(lambda: open_shards(parts)))
+    data = WindowsDataModule(parts, rank_zero_first(lambda: open_corpus(parts)))
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
@@ -163,7 +164,7 @@ def _reported(parts: Assembly, trainer: Trainer, *more: Any) -> Verdict | None:
     try:
         _report(parts, trainer, *more)
         if rank() == 0:
-            trainer.datamodule.shards.check_unchanged()  # type: ignore[attr-defined]
+            trainer.datamodule.corpus.check_unchanged()  # type: ignore[attr-defined]
     except ShardError as error:
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     except OSError as error:
@@ -203,7 +204,9 @@ def _report(
     begun: float,
 ) -> None:
     # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
-    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    sample = NO_TOKENIZER
+    if parts.tokenizer is not None:
+        sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
     sharded = parts.processes.sharding == "fsdp2"
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
@@ -211,13 +214,15 @@ def _report(
     folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
-    trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
+    trigram = None
+    if isinstance(data.corpus, PreparedCorpus) and data.corpus.identity()["tokenizer"] == "byte":
+        trigram = trigram_loss(data.corpus.shards, data.val)
     census = folder / CENSUS
     summary = summarize(
         module,
         rows,
         data=data.identity(),
-        tokens_per_byte=data.shards.val.tokens_per_byte,
+        tokens_per_byte=data.val.tokens_per_byte,
         trigram=trigram,
         reference=reference,
         state_bytes=state_bytes,
