@@ -22,6 +22,8 @@ PACKAGE = Path(__file__).parent
 # Where the classes are defined that configs may build: their constructors keep what they are given, or read text.
 BUILDABLE = (
     "qtrain.data.sources",
+    "qtrain.data.streamed_text",
+    "qtrain.data.token_files",
     "qtrain.models",
     "qtrain.optim",
     "qtrain.quant",
@@ -33,7 +35,7 @@ _PLUG_IN = re.compile(r"([\w.]+):[^\W\d]\w*")
 _TEXT = frozenset(
     {
         "baseline", "checkpoint", "data_folder", "entity", "folder", "name", "out", "paths", "project", "prompt",
-        "resume", "root", "run", "separator", "tags",
+        "path", "resume", "root", "run", "separator", "tags", "tokenizer", "train", "val",
     }
 )  # fmt: skip
 

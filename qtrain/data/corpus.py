@@ -43,8 +43,9 @@ class Corpus(Protocol):
 class DataPlan(Protocol):
     """The data of a configuration, checked as far as that costs nothing."""
 
-    tokenizer: Tokenizer | None
-    """None: the files say no more than ids; nothing can be generated, and bits per byte are unknown."""
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: the files say no more than ids; nothing can be generated, and bits per byte are unknown."""
 
     @property
     def vocab_size(self) -> int:
@@ -65,8 +66,12 @@ class PreparedText:
         val_fraction: float = 0.05,
         folder: str | None = None,
     ) -> None:
-        self.source, self.tokenizer = source, get_tokenizer(tokenizer)
+        self.source, self._tokenizer = source, get_tokenizer(tokenizer)
         self.val_fraction, self.folder = val_fraction, folder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     @property
     def vocab_size(self) -> int:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtrain.data.corpus import DataPlan, PreparedText
+from qtrain.data.mixture import Mixture
 from qtrain.data.tokenizers import Tokenizer
 from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.optim import parameter_groups
@@ -184,12 +185,41 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
+# What the parts of a mixture have of it where they do not say it themselves
+_SHARED = ("tokenizer", "folder")
+
+
 def _data(config: Mapping[str, Any]) -> DataPlan:
-    """Texts to prepare, where the configuration has no ``_target_``."""
+    """A mixture, where the configuration has ``parts``; texts to prepare, where it has no ``_target_``."""
+    if "parts" in config:
+        return _mixture(config)
     if "_target_" in config:
         plan: DataPlan = build(config)
         return plan
     return PreparedText(**build(config))
+
+
+def _mixture(config: Mapping[str, Any]) -> DataPlan:
+    unknown = set(config) - {"parts", *_SHARED}
+    if unknown:
+        raise ValueError(
+            f"data.{min(unknown)}: a mixture has {', '.join(('parts', *_SHARED))}; the rest is its parts'"
+        )
+    shared, parts = {key: config.get(key) for key in _SHARED}, {}
+    for name, part in config["parts"].items():
+        if not isinstance(part, Mapping) or "weight" not in part:
+            raise ValueError(f"data.parts.{name}: give its weight, as in data.parts.{name}.weight=0.5")
+        if "parts" in part:
+            raise ValueError(
+                f"data.parts.{name} is a mixture itself; give its parts here, with the products of the weights"
+            )
+        own = {key: value for key, value in part.items() if key != "weight"}
+        missing = {k: v for k, v in shared.items() if v is not None and own.get(k) is None}
+        try:
+            parts[str(name)] = (part["weight"], _data({**own, **missing}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"data.parts.{name}: {error}") from error
+    return Mixture(parts)
 
 
 def assemble(config: Mapping[str, Any]) -> Assembly:
