@@ -89,6 +89,7 @@ def run(cfg: DictConfig) -> int:
 
 def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    from qtrain.data.read_ahead import StreamError
     from qtrain.data.shards import ShardError
     from qtrain.interrupts import Interrupted
     from qtrain.training.assembly import assemble, resolved_device
@@ -100,7 +101,7 @@ def run_rank(config: dict[str, Any]) -> int:
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
-    except (StartRefused, ShardError) as error:
+    except (StartRefused, ShardError, StreamError) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:

@@ -206,7 +206,7 @@ def _mixture(config: Mapping[str, Any]) -> DataPlan:
             f"data.{min(unknown)}: a mixture has {', '.join(('parts', *_SHARED))}; the rest is its parts'"
         )
     shared, parts = {key: config.get(key) for key in _SHARED}, {}
-    for name, part in config["parts"].items():
+    for name, part in (config["parts"] or {}).items():
         if not isinstance(part, Mapping) or "weight" not in part:
             raise ValueError(f"data.parts.{name}: give its weight, as in data.parts.{name}.weight=0.5")
         if "parts" in part:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from qtrain.data.corpus import PreparedCorpus
+from qtrain.data.read_ahead import StreamError
 from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
@@ -135,6 +136,7 @@ def _run(
         if first:
             verdict = _written(trainer, verdict)
     finally:
+        data.close()
         _close(trainer)
     return verdict
 
@@ -151,6 +153,10 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
         if world_size() > 1:  # the others have not met it and wait for this process: its end ends them
             raise
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
+    except StreamError as error:
+        if world_size() > 1:
+            raise
+        return Verdict(outcome="data_unavailable", step=trainer.global_step, message=str(error))
     except OSError as error:
         if not of_storage(trainer, error):
             raise

@@ -63,7 +63,9 @@ def test_proportions_are_exact_in_the_long_run():
 
 
 def test_the_seed_moves_the_places():
-    orders = {"".join(Interleaving({"a": 0.6171, "b": 0.3829}, seed)[i][0] for i in range(40)) for seed in range(9)}
+    orders = {
+        "".join(Interleaving({"a": 0.6171, "b": 0.3829}, seed)[i][0] for i in range(40)) for seed in range(9)
+    }
     assert len(orders) > 4
 
 
