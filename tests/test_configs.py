@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
@@ -19,7 +20,7 @@ GROUPS = ("model", "data", "recipe", "optimizer", "schedule", "trainer", "logger
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
 # What a configuration of data leaves to its user; byte: other tokenizers have files that are not here
 NEEDED = {
-    "text": ["source.paths=[corpus]"],
+    **{key: ["source.paths=[corpus]", "tokenizer=byte"] for key in ("text", "jsonl", "parquet")},
     "nanogpt_bin": ["train=train.bin", "val=val.bin", "tokenizer=byte"],
     "llmc_bin": ["train=shards", "val=null", "tokenizer=byte"],
     "megatron": ["train=corpus_text_document", "vocab_size=257"],
@@ -28,9 +29,6 @@ NEEDED = {
         "_target_:qtrain.data.token_files.TokenFiles,train:t.bin}}",
         "tokenizer=byte",
     ],
-    "fineweb_edu_stream": ["tokenizer=byte"],
-    "openwebtext_stream": ["tokenizer=byte"],
-    "c4_stream": ["tokenizer=byte"],
 }
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
 
@@ -81,16 +79,18 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    more = [f"data.{item}" for item in NEEDED.get(name, ())] if group == "data" else []
+    more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     if group != "data" or name == "stdlib":
+        assert isinstance(parts.data, PreparedText)
         assert isinstance(parts.data.source, StdlibSource)
+    assert parts.model_config.vocab_size >= parts.data.vocab_size
 
 
 def test_every_primary_config_composes():
     primaries = {f.stem for f in CONFIGS.glob("*.yaml")}
-    assert primaries >= {"train", "evaluate", "generate"}
+    assert primaries >= {"train", "prepare", "evaluate", "generate"}
     for name in primaries:
         OmegaConf.to_container(composed(name), resolve=True)
 

@@ -19,48 +19,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtrain.data.file_stamps import FileStamp
 from qtrain.data.manifest import ShardInfo
 
 _HASHED_BYTES = 1 << 22
-# Time stamps may be this coarse (2 s on FAT, 4 ms in most kernels): one as young as that when it was recorded would
-# not show a change within the same tick.
-_TICK_NS = 2_000_000_000
 
 
 class ShardError(ValueError):
     """Files of tokens that are missing, incomplete or altered."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What a file's inode says when its bytes are checked; equal stamps mean equal bytes if ``settled``.
-
-    The system sets the change time itself, and to anything: a touch, a copy over it, a rename. So a stamp that
-    differs says "look again", and what the clock said in between (a jump, a date in the future) decides nothing.
-    """
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-    settled: bool = field(compare=False)
-
-    @staticmethod
-    def of(handle: int) -> Stamp:
-        now, s = time.time_ns(), os.fstat(handle)
-        settled = abs(now - s.st_ctime_ns) > _TICK_NS
-        return Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, settled)
-
-    def shows(self, other: Stamp) -> bool:
-        """Whether a file stamped ``other`` has the bytes that it had at this stamp."""
-        return self.settled and self == other
 
 
 @dataclass(frozen=True)
@@ -94,7 +65,7 @@ class CheckedFile:
     def __init__(self, path: Path, info: ShardInfo, wording: Wording) -> None:
         self.path, self.info, self._says = path, info, wording
         self._handle: int | None = None
-        self._stamp: Stamp | None = None
+        self._stamp: FileStamp | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
@@ -111,7 +82,7 @@ class CheckedFile:
                 remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
             raise ShardError(f"{name} cannot be opened: {error.strerror}; {remedy}") from error
         weakref.finalize(self, os.close, handle)
-        stamp = Stamp.of(handle)
+        stamp = FileStamp.of(handle)
         if stamp.size != self.info.bytes:
             raise ShardError(
                 f"{name} is {stamp.size} bytes long, {witness} {self.info.bytes} bytes; {remedy}"
@@ -120,7 +91,7 @@ class CheckedFile:
             self._check_bytes(handle, stamp)
         self._handle, self._stamp = handle, stamp
 
-    def _check_bytes(self, handle: int, stamp: Stamp) -> None:
+    def _check_bytes(self, handle: int, stamp: FileStamp) -> None:
         name, remedy = f"{self._says.kind} {self.path}", self._says.restore
         if self.info.sha256 is None:
             if not self._same_time(stamp):
@@ -132,7 +103,7 @@ class CheckedFile:
                 f"{name} was altered: its sha256 is {found}, {self._says.witness} {self.info.sha256}; {remedy}"
             )
 
-    def _same_time(self, stamp: Stamp) -> bool:
+    def _same_time(self, stamp: FileStamp) -> bool:
         return self._stamp is None or self._stamp.modified_ns == stamp.modified_ns
 
     def _opened(self) -> int:
@@ -167,7 +138,7 @@ class CheckedFile:
     def check_unchanged(self) -> None:
         """Raises ShardError where the bytes behind the descriptor are not those of ``info`` any more."""
         handle = self._opened()
-        stamp = Stamp.of(handle)
+        stamp = FileStamp.of(handle)
         if self._stamp is not None and self._stamp.shows(stamp):
             return
         same = stamp.size == self.info.bytes

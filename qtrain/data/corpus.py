@@ -15,20 +15,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from qtrain.data.prepare import Progress, cache_root, prepare, rich_progress
+from qtrain.data.cache import cache_root
+from qtrain.data.prepare import open_prepared, prepare
+from qtrain.data.progress import Progress, shown_progress
 from qtrain.data.shards import TokenShards
 from qtrain.data.sources import TextSource
 from qtrain.data.stream import TokenWindows, ValidationWindows, Windows
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
 from qtrain.data.validation import ValidationSet
+
+# As a configuration has it, or one that is there already, as where a checkpoint brings it
+TokenizerSpec = str | Mapping[str, Any] | Tokenizer | BpeTraining
 
 
 class Corpus(Protocol):
     """Opened data of a run."""
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The one that made the ids; None where nobody named it."""
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to have read the same: ``shards`` (a name with a digest of all that
-        decides the tokens), ``fingerprint``, ``tokenizer`` (its name, or None), and more where a corpus has more."""
+        decides the tokens), ``fingerprint``, ``tokenizer`` (its name, or None), ``tokenizer_digest``, and more where a
+        corpus has more."""
 
     def train_windows(self, sequence_tokens: int, seed: int) -> Windows:
         """Training samples. Raises ValueError where there are too few tokens for one."""
@@ -44,8 +54,9 @@ class DataPlan(Protocol):
     """The data of a configuration, checked as far as that costs nothing."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None: the files say no more than ids; nothing can be generated, and bits per byte are unknown."""
+    def tokenizer(self) -> Tokenizer | BpeTraining | None:
+        """It may be still to be trained. None: the files say no more than ids; nothing can be generated, and bits per
+        byte are unknown."""
 
     @property
     def vocab_size(self) -> int:
@@ -56,21 +67,44 @@ class DataPlan(Protocol):
         is found again. Raises ValueError where they are others now."""
 
 
+def any_tokenizer(spec: TokenizerSpec) -> Tokenizer | BpeTraining:
+    return spec if isinstance(spec, Tokenizer | BpeTraining) else get_tokenizer(spec)
+
+
+def ready_tokenizer(spec: TokenizerSpec) -> Tokenizer:
+    """For data that are tokenized already, or while they are read. Raises ValueError for one that is to be trained."""
+    found = any_tokenizer(spec)
+    if isinstance(found, BpeTraining):
+        raise ValueError(
+            f"data.tokenizer={found.name}: it is trained while texts are prepared, and these data are not; give one that is "
+            "there, such as saved:FOLDER, hf:NAME or tiktoken:gpt2"
+        )
+    return found
+
+
+def tokenizer_identity(tokenizer: Tokenizer | None) -> dict[str, str | None]:
+    """``tokenizer`` and ``tokenizer_digest`` of a corpus' identity."""
+    if tokenizer is None:
+        return {"tokenizer": None, "tokenizer_digest": None}
+    return {"tokenizer": tokenizer.name, "tokenizer_digest": tokenizer.digest}
+
+
 class PreparedText:
     """Texts that are tokenized once, into shards under ``folder`` (None: ``cache_root()``)."""
 
     def __init__(
         self,
         source: TextSource,
-        tokenizer: str = "byte",
+        tokenizer: TokenizerSpec = "byte",
         val_fraction: float = 0.05,
+        num_workers: int | None = None,
         folder: str | None = None,
     ) -> None:
-        self.source, self._tokenizer = source, get_tokenizer(tokenizer)
-        self.val_fraction, self.folder = val_fraction, folder
+        self.source, self._tokenizer = source, any_tokenizer(tokenizer)
+        self.val_fraction, self.num_workers, self.folder = val_fraction, num_workers, folder
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | BpeTraining:
         return self._tokenizer
 
     @property
@@ -83,18 +117,23 @@ class PreparedText:
         root = Path(self.folder) if self.folder is not None else cache_root()
         name = None if recorded is None else str(recorded["shards"])
         if name is not None and (root / name).is_dir():
-            return PreparedCorpus(TokenShards.open(root / name))
+            return PreparedCorpus(open_prepared(root / name))
         with ExitStack() as stack:
             bars: list[Progress] = []
 
             def progress(stage: str, done: int, total: int | None) -> None:
                 if stage != "fingerprint":  # which is all that happens where the data are prepared already
                     if not bars:
-                        bars.append(stack.enter_context(rich_progress()))
+                        bars.append(stack.enter_context(shown_progress()))
                     bars[0](stage, done, total)
 
             shards = prepare(
-                self.source, self.tokenizer, root, val_fraction=self.val_fraction, progress=progress
+                self.source,
+                self.tokenizer,
+                root,
+                val_fraction=self.val_fraction,
+                num_workers=self.num_workers,
+                progress=progress,
             )
         if name is not None and shards.directory.name != name:
             raise ValueError(
@@ -110,12 +149,17 @@ class PreparedCorpus:
     def __init__(self, shards: TokenShards) -> None:
         self.shards = shards
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.shards.tokenizer
+
     def identity(self) -> dict[str, Any]:
         manifest = self.shards.manifest
         return {
             "shards": self.shards.directory.name,
             "fingerprint": manifest.source.get("fingerprint"),
             "tokenizer": manifest.tokenizer["name"],
+            "tokenizer_digest": manifest.tokenizer["digest"],
         }
 
     def train_windows(self, sequence_tokens: int, seed: int) -> TokenWindows:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qtrain.data.corpus import Corpus, DataPlan, check_recorded
 from qtrain.data.stream import Windows, mix_words
-from qtrain.data.tokenizers import Tokenizer
+from qtrain.data.tokenizers import BpeTraining, Tokenizer
 from qtrain.data.validation import ValidationPart, ValidationSet
 
 _BITS = 48
@@ -97,7 +97,7 @@ class Mixture:
         _check_tokenizers(self.plans)
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | BpeTraining | None:
         return next(iter(self.plans.values())).tokenizer
 
     @property
@@ -113,17 +113,23 @@ class Mixture:
 
 
 def _check_tokenizers(plans: Mapping[str, DataPlan]) -> None:
-    names = {name: None if plan.tokenizer is None else plan.tokenizer.name for name, plan in plans.items()}
-    unnamed = [name for name, tokenizer in names.items() if tokenizer is None]
+    found = {name: plan.tokenizer for name, plan in plans.items()}
+    unnamed = [name for name, tokenizer in found.items() if tokenizer is None]
     if unnamed and len(plans) > 1:
         raise ValueError(
             f"data.parts.{unnamed[0]} names no tokenizer, and nothing says that its ids mean what those of the other "
             f"parts mean; give data.parts.{unnamed[0]}.tokenizer"
         )
-    if len(set(names.values())) > 1:
-        listed = ", ".join(f"{name}: {tokenizer}" for name, tokenizer in names.items())
+    for name, tokenizer in found.items():
+        if isinstance(tokenizer, BpeTraining):
+            raise ValueError(
+                f"data.parts.{name}.tokenizer is to be trained on its own part, and the parts of a mixture share one; train "
+                "it first (qtrain prepare) and give data.tokenizer=saved:FOLDER/tokenizer"
+            )
+    if len({tokenizer.digest for tokenizer in found.values() if tokenizer is not None}) > 1:
+        listed = ", ".join(f"{name}: {t.name}" for name, t in found.items() if t is not None)
         raise ValueError(
-            f"data.parts: their tokenizers differ ({listed}); an id must mean the same in all parts"
+            f"data.parts: their tokenizers differ in their contents ({listed}); an id must mean the same in all parts"
         )
 
 
@@ -132,6 +138,10 @@ class MixedCorpus:
 
     def __init__(self, corpora: Mapping[str, Corpus], weights: Mapping[str, float]) -> None:
         self.corpora, self.weights = dict(corpora), dict(weights)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return next(iter(self.corpora.values())).tokenizer
 
     def identity(self) -> dict[str, Any]:
         """With those of the ``parts``."""

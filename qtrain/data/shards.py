@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtrain.data.checked_file import CheckedFile, ShardError, Wording
-from qtrain.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
+from qtrain.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    token_dtype,
+)
 from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriteError, write_shards
+from qtrain.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 __all__ = [
     "DEFAULT_SHARD_TOKENS",
@@ -158,6 +169,20 @@ class TokenShards:
             ShardSplit(directory, name, manifest.splits[name], manifest.dtype, manifest.vocab_size)
             for name in SPLITS
         )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the tokens, from their own folder. Raises ShardError where it was altered."""
+        try:
+            found = load_tokenizer(self.directory / TOKENIZER)
+        except TokenizerError as error:
+            raise ShardError(f"{error}; delete the folder {self.directory} and prepare again") from error
+        if found.digest != self.manifest.tokenizer["digest"]:
+            raise ShardError(
+                f"{self.directory / TOKENIZER} is not the tokenizer of the manifest beside it; delete the folder "
+                f"{self.directory} and prepare again"
+            )
+        return found
 
     @staticmethod
     def open(directory: str | Path, verify: Literal["sha256", "size"] = "sha256") -> TokenShards:

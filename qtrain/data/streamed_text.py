@@ -31,10 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qtrain.data.corpus import check_recorded
+from qtrain.data.corpus import TokenizerSpec, check_recorded, ready_tokenizer, tokenizer_identity
+from qtrain.data.optional_libraries import optional_library
 from qtrain.data.read_ahead import ReadAhead, StreamError, of_networks
 from qtrain.data.stream import Permutation, ValidationWindows, Windows, item, mix_words
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import Tokenizer
 from qtrain.data.validation import ValidationSet
 
 # Raised whenever the same settings begin to give other samples.
@@ -58,7 +59,7 @@ class StreamedText:
         self,
         path: str,
         *,
-        tokenizer: str,
+        tokenizer: TokenizerSpec,
         name: str | None = None,
         revision: str | None = None,
         data_files: Any = None,
@@ -69,7 +70,6 @@ class StreamedText:
         shuffle_documents: int = 10_000,
         at_end: str = "repeat",
         ahead_tokens: int = 1 << 22,
-        folder: str | None = None,
     ) -> None:
         for key, value in (
             ("val_documents", val_documents),
@@ -80,7 +80,7 @@ class StreamedText:
                 raise ValueError(f"data.{key}={value!r}: must be a whole number, 1 or more")
         if at_end not in ("repeat", "stop"):
             raise ValueError(f"data.at_end={at_end!r}: allowed are repeat and stop")
-        self.tokenizer = get_tokenizer(tokenizer)
+        self.tokenizer = ready_tokenizer(tokenizer)
         self.path, self.name, self.revision, self.data_files = path, name, revision, data_files
         self.split, self.val_split, self.val_documents, self.text = split, val_split, val_documents, text
         self.shuffle_documents, self.at_end, self.ahead_tokens = shuffle_documents, at_end, ahead_tokens
@@ -101,14 +101,9 @@ class StreamedText:
     def load(self, split: str) -> Any:
         """A ``datasets.IterableDataset``. Raises StreamError where it cannot be reached or is none, ImportError
         where the library is missing."""
+        datasets = optional_library("datasets", needed_for="a stream of a Hugging Face dataset")
         try:
-            from datasets import IterableDataset, load_dataset
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "data that are streamed need the library 'datasets': pip install datasets"
-            ) from error
-        try:
-            found = load_dataset(
+            found = datasets.load_dataset(
                 self.path,
                 name=self.name,
                 revision=self.revision,
@@ -122,7 +117,6 @@ class StreamedText:
             raise StreamError(
                 f"dataset {self.path!r} ({self.name or 'default'}, split {split!r}) cannot be opened: {error}"
             ) from error
-        assert isinstance(found, IterableDataset)
         return found
 
 
@@ -160,7 +154,7 @@ class _Held:
 def encoded(documents: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.int32]:
     """The documents' ids, each document followed by end-of-text."""
     end = np.array([tokenizer.eot_token], dtype=np.int32)
-    pieces = [piece for text in documents for piece in (tokenizer.encode(text).astype(np.int32), end)]
+    pieces = [part for ids in tokenizer.encode_batch(documents) for part in (ids.astype(np.int32), end)]
     return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
 
@@ -182,6 +176,10 @@ class StreamedCorpus:
                 "resumed; prepare it instead, or bring it as parquet, JSON lines or Arrow files"
             ) from error
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.plan.tokenizer
+
     @cached_property
     def _identity(self) -> str:
         plan = self.plan
@@ -196,7 +194,7 @@ class StreamedCorpus:
             plan.val_split,
             plan.text,
         ]
-        facts += [plan.shuffle_documents, self.dataset.num_shards, held, plan.tokenizer.name]
+        facts += [plan.shuffle_documents, self.dataset.num_shards, held, plan.tokenizer.digest]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -205,7 +203,7 @@ class StreamedCorpus:
         return {
             "shards": f"stream-{self._identity[:16]}",
             "fingerprint": self._identity,
-            "tokenizer": self.plan.tokenizer.name,
+            **tokenizer_identity(self.tokenizer),
         }
 
     def train_windows(self, sequence_tokens: int, seed: int) -> StreamedWindows:

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from qtrain.data.checked_file import CheckedFile, ShardError, Stamp, Wording
-from qtrain.data.corpus import check_recorded
+from qtrain.data.cache import cache_root
+from qtrain.data.checked_file import CheckedFile, ShardError, Wording
+from qtrain.data.corpus import TokenizerSpec, check_recorded, ready_tokenizer, tokenizer_identity
+from qtrain.data.file_stamps import FileStamp
 from qtrain.data.manifest import ShardInfo
-from qtrain.data.prepare import cache_root
 from qtrain.data.shards import Segment, TokenSplit
 from qtrain.data.stream import TokenWindows, ValidationWindows
 from qtrain.data.token_formats import KINDS, Layout, read_layout
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import Tokenizer
 from qtrain.data.validation import ValidationSet
 
 _BLOCK_TOKENS = 1 << 20
@@ -54,7 +55,7 @@ class TokenFiles:
         *,
         kind: str = "auto",
         dtype: str = "uint16",
-        tokenizer: str | None = None,
+        tokenizer: TokenizerSpec | None = None,
         vocab_size: int | None = None,
         val_fraction: float = 0.005,
         verify: str = "sha256",
@@ -69,7 +70,7 @@ class TokenFiles:
                 raise ValueError(f"data.{name}={value!r}: allowed are {', '.join(allowed)}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction}: must lie strictly between 0 and 1")
-        self._tokenizer = None if tokenizer is None else get_tokenizer(tokenizer)
+        self._tokenizer = None if tokenizer is None else ready_tokenizer(tokenizer)
         if vocab_size is None and self._tokenizer is None:
             raise ValueError(
                 "data.vocab_size: the files do not say how many ids there are; name their tokenizer (data.tokenizer=tiktoken:gpt2) "
@@ -147,6 +148,10 @@ class TokenFileCorpus:
             self.train = train.part("train", 0, cut)
             self.val = train.part("val", cut, len(train))
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.plan.tokenizer
+
     def _split(self, name: str, layouts: Sequence[Layout]) -> TokenSplit:
         segments = []
         for layout in layouts:
@@ -170,11 +175,10 @@ class TokenFileCorpus:
         """By the bytes of the files (``verify=size``: by sizes and times), wherever they lie."""
         cut = None if self.plan.val is not None else len(self.train)
         digest = hashlib.sha256(json.dumps([self._facts, cut]).encode()).hexdigest()
-        name = None if self.plan.tokenizer is None else self.plan.tokenizer.name
         return {
             "shards": f"{self._facts[0][1]}-{digest[:16]}",
             "fingerprint": digest,
-            "tokenizer": name,
+            **tokenizer_identity(self.tokenizer),
         }
 
     def train_windows(self, sequence_tokens: int, seed: int) -> TokenWindows:
@@ -253,13 +257,13 @@ def _whole_check(layout: Layout, vocab_size: int, folder: str | None) -> dict[st
     kept = root / "token-files" / f"{name}.json"
     handle, pread = _reader(layout)
     try:
-        stamp = Stamp.of(handle)
+        stamp = FileStamp.of(handle)
         segments = [list(segment) for segment in layout.segments]
         key = {**asdict(stamp), "settled": True, "stored": layout.stored.str, "segments": segments}
         facts = _kept(kept, key)
         if facts is None:
             facts = _measured(layout, pread)
-            if Stamp.of(handle) != stamp:
+            if FileStamp.of(handle) != stamp:
                 raise ShardError(
                     f"token file {layout.path} changed while it was read; start again when it is whole"
                 )

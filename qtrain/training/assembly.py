@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from qtrain.data.corpus import DataPlan, PreparedText
 from qtrain.data.mixture import Mixture
-from qtrain.data.tokenizers import Tokenizer
+from qtrain.data.tokenizers import BpeTraining, Tokenizer
 from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
@@ -93,7 +93,8 @@ class OptimizerParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The parts of a run. ``config`` is the plain configuration they were made from."""
+    """The parts of a run. ``config`` is the plain configuration they were made from. ``tokenizer``: may be still to be
+    trained; the prepared data have the one that was."""
 
     config: Mapping[str, Any]
     settings: RunSettings
@@ -104,8 +105,9 @@ class Assembly:
     data: DataPlan
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Of the data; None where they name none."""
+    def tokenizer(self) -> Tokenizer | BpeTraining | None:
+        """Of the data, which may be still to be trained: what is opened has the one that was. None where they name
+        none."""
         return self.data.tokenizer
 
     @property
@@ -171,6 +173,13 @@ def resolved_device(device: str) -> str:
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _with_vocabulary(model: Mapping[str, Any], vocab_size: int) -> Mapping[str, Any]:
+    """``model`` with the data's vocabulary where it leaves that open (null)."""
+    if "vocab_size" in model and model["vocab_size"] is None:
+        return {**model, "vocab_size": vocab_size}
+    return model
+
+
 def _settings(config: Mapping[str, Any]) -> RunSettings:
     """A micro-batch that is left open is the whole share of a process in a step."""
     if config["micro_batch_sequences"] is not None:
@@ -189,17 +198,20 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
 _SHARED = ("tokenizer", "folder")
 
 
-def _data(config: Mapping[str, Any]) -> DataPlan:
-    """A mixture, where the configuration has ``parts``; texts to prepare, where it has no ``_target_``."""
+def data_plan(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> DataPlan:
+    """A mixture, where the configuration has ``parts``; texts to prepare, where it has no ``_target_``. tokenizer: in
+    the place of the one that is named."""
     if "parts" in config:
-        return _mixture(config)
+        return _mixture(config, tokenizer)
+    if tokenizer is not None:
+        config = {**config, "tokenizer": tokenizer}
     if "_target_" in config:
         plan: DataPlan = build(config)
         return plan
     return PreparedText(**build(config))
 
 
-def _mixture(config: Mapping[str, Any]) -> DataPlan:
+def _mixture(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> DataPlan:
     unknown = set(config) - {"parts", *_SHARED}
     if unknown:
         raise ValueError(
@@ -216,17 +228,19 @@ def _mixture(config: Mapping[str, Any]) -> DataPlan:
         own = {key: value for key, value in part.items() if key != "weight"}
         missing = {k: v for k, v in shared.items() if v is not None and own.get(k) is None}
         try:
-            parts[str(name)] = (part["weight"], _data({**own, **missing}))
+            parts[str(name)] = (part["weight"], data_plan({**own, **missing}, tokenizer))
         except (ValueError, TypeError) as error:
             raise ValueError(f"data.parts.{name}: {error}") from error
     return Mixture(parts)
 
 
-def assemble(config: Mapping[str, Any]) -> Assembly:
-    """The parts of the run that ``config`` describes, checked alone and against each other.
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Assembly:
+    """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
+    the place of the one that ``config`` names, as where a checkpoint brings it.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
+    data = data_plan(config["data"], tokenizer)
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
@@ -235,11 +249,11 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=build(config["model"]),
+        model_config=build(_with_vocabulary(config["model"], data.vocab_size)),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        data=_data(config["data"]),
+        data=data,
     )
     _check_fit(parts)
     _check_machine(parts.settings)

@@ -45,8 +45,14 @@ def trained_module(run: TrainedRun) -> QuantizedTransformer:
 
 
 def evaluate(run: TrainedRun) -> Evaluation:
-    """Raises ValueError where the run's validation data are not there any more."""
+    """Raises ValueError where the run's validation data are not there any more, or were made by another tokenizer."""
     data = WindowsDataModule(run.parts, open_corpus(run.parts, run.checkpoint["qtrain"]["data"]))
+    theirs = data.corpus.tokenizer
+    if run.tokenizer is not None and (theirs is None or theirs.digest != run.tokenizer.digest):
+        raise ValueError(
+            f"the tokens of {data.identity()['shards']} are not of the run's tokenizer {run.tokenizer.name!r}: its digest is "
+            f"{run.tokenizer.digest}, theirs {'unknown' if theirs is None else theirs.digest}; bring the run's own data here"
+        )
     module = trained_module(run)
     trainer = make_trainer(run.parts, run.folder)
     trainer.validate(module, data, verbose=False)
@@ -65,10 +71,10 @@ def evaluate(run: TrainedRun) -> Evaluation:
 
 def complete(run: TrainedRun, sample: SampleSettings, seed: int) -> str:
     """``sample.prompt`` and what the run's model adds to it. Raises ValueError for data without a tokenizer."""
-    if run.parts.tokenizer is None:
+    if run.tokenizer is None:
         raise ValueError(f"{run.path}: no text can be made: {NO_TOKENIZER}")
     module = trained_module(run)
     trainer = make_trainer(run.parts, run.folder)
     module.to(trainer.strategy.root_device)
     with torch.no_grad():
-        return sample_text(module, run.parts.tokenizer, sample, seed)
+        return sample_text(module, run.tokenizer, sample, seed)

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from qtrain.data.corpus import PreparedCorpus
+from qtrain.data.manifest import TOKENIZER
 from qtrain.data.read_ahead import StreamError
 from qtrain.data.shards import ShardError
 
@@ -126,6 +127,8 @@ def _run(
     logger = (
         make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
     )
+    if first and data.corpus.tokenizer is not None:
+        data.corpus.tokenizer.save(folder / TOKENIZER)
     module = QuantizedTransformer(parts)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
@@ -211,8 +214,8 @@ def _report(
 ) -> None:
     # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
     sample = NO_TOKENIZER
-    if parts.tokenizer is not None:
-        sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    if data.corpus.tokenizer is not None:
+        sample = sample_text(module, data.corpus.tokenizer, parts.settings.sample, parts.settings.seed)
     sharded = parts.processes.sharding == "fsdp2"
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
@@ -221,7 +224,7 @@ def _report(
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
     trigram = None
-    if isinstance(data.corpus, PreparedCorpus) and data.corpus.identity()["tokenizer"] == "byte":
+    if isinstance(data.corpus, PreparedCorpus) and data.corpus.tokenizer.kind == "byte":
         trigram = trigram_loss(data.corpus.shards, data.val)
     census = folder / CENSUS
     summary = summarize(

@@ -67,7 +67,7 @@ def differences(
         found.append(
             f"recipe: {theirs['recipe']} there, {config['recipe']} here (allow_changed=[recipe] goes on with it)"
         )
-    for key in ("shards", "sequence_tokens"):
+    for key in ("shards", "tokenizer_digest", "sequence_tokens"):
         if facts["data"][key] != data[key]:
             found.append(f"data {key}: {facts['data'][key]} there, {data[key]} here")
     return found

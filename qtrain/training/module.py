@@ -208,11 +208,14 @@ class QuantizedTransformer(LightningModule):
         step = self.trainer.global_step
         self._set_counters(checkpoint["loops"], step)
         census = Path(self.trainer.default_root_dir) / CENSUS
+        tokenizer = self.trainer.datamodule.corpus.tokenizer  # type: ignore[attr-defined]
         checkpoint["qtrain"] = {
             "step": step,
             "tokens": step * self.settings.step_tokens,
             "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            # By its contents, so that a checkpoint is enough by itself
+            "tokenizer": None if tokenizer is None else tokenizer.state(),
             "recipe_sha256": recipe_digest(self.parts.recipe),
             "plan": plan_of(self.surgery, self.parts.recipe),
             "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,

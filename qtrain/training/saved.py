@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtrain.data.tokenizers import Tokenizer, is_training, tokenizer_from_state
+
 from .assembly import Assembly, assemble
 from .checkpoints import MANIFEST, CheckpointError, checkpoints_in, load_checkpoint, verified
 from .run_folder import CHECKPOINTS
@@ -62,11 +64,12 @@ def saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class TrainedRun:
     """A checkpoint with what is needed to use it. ``path``: its folder. ``parts``: the run's, or with what the
-    caller changed."""
+    caller changed. ``tokenizer``: the run's own, from the checkpoint; None where its data named none."""
 
     path: Path
     parts: Assembly
     checkpoint: dict[str, Any]
+    tokenizer: Tokenizer | None
 
     @property
     def folder(self) -> Path:
@@ -91,4 +94,8 @@ def trained_run(path: Path, changes: Mapping[str, Any]) -> TrainedRun:
     Raises ValueError as ``read_checkpoint`` and ``assemble`` do."""
     checkpoint = read_checkpoint(path)
     config = {**saved_config(checkpoint), **changes, "compile": False}
-    return TrainedRun(path, assemble(config), checkpoint)
+    state, spec = checkpoint["qtrain"]["tokenizer"], config["data"].get("tokenizer")
+    tokenizer = None if state is None else tokenizer_from_state(state)
+    # What the configuration names may not be here. A training is all there in its numbers, and prepared data are found by it
+    named = None if spec is not None and is_training(spec) else tokenizer
+    return TrainedRun(path, assemble(config, named), checkpoint, tokenizer)
