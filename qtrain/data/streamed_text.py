@@ -260,11 +260,14 @@ class Reading:
     def _of_shard(self, at: dict[str, Any], shard: int) -> Iterator[tuple[dict[str, Any], NDArray[np.int32]]]:
         """The tokens of a shard; ``at`` goes along."""
         plan, source = self._corpus.plan, _shard(self._corpus.dataset, shard)
-        if at["dataset"] is not None:
+        resumed = at["dataset"] is not None
+        if resumed:
             source.load_state_dict(at["dataset"])
         rows = iter(source)
         while True:
-            at["dataset"] = source.state_dict()
+            if not resumed:  # ``datasets`` does not give back a state that it has not gone on from
+                at["dataset"] = source.state_dict()
+            resumed = False
             found = list(islice(rows, plan.shuffle_documents))
             if not found:
                 return

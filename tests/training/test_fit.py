@@ -52,7 +52,7 @@ def test_the_folder_is_complete(finished):
         "metrics.jsonl",
         "loss.png",
         "sample.txt",
-        "tokenizer",
+        "tokenizer/about.json",
         "summary.json",
         "verdict.json",
         "attempts.jsonl",
