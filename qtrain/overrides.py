@@ -61,7 +61,8 @@ def reason(error: BaseException) -> str:
     while True:
         found = re.search(r"full_key: *(\S+)", str(error))
         key = found[1] if found else key
-        if error.__cause__ is None:
+        # What any other package says is the last word: its own causes are details
+        if error.__cause__ is None or type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
             break
         error = error.__cause__
     text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))
@@ -116,9 +117,13 @@ class Overrides:
                     raise UserError(
                         f"{text} sweeps: add -m to run every value, or quote it to mean one value, '{override.key_or_group}=\"{override.get_value_string()}\"'"
                     )
-            return [self.overrides]
         hydra_overrides = [str(o.input_line) for o in parsed if o.is_hydra_override()]
         params = self._sweeper_params(hydra_overrides)
+        if not multirun:
+            if params:
+                raise UserError(f"the configs sweep {', '.join(params)}: add -m to run every combination")
+            return [self.overrides]
+        self._check_swept_once(params, parsed)
         swept = [o for o in self.parse(params) + parsed if not o.is_hydra_override()]
         discrete = [o for o in swept if not o.is_sweep_override() or o.is_discrete_sweep()]
         runs = BasicSweeper.split_arguments(discrete, None)[0]
@@ -136,6 +141,17 @@ class Overrides:
             return []  # the same fault shows in the check of the runs, which explains it
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         return [f"{key}={value}" for key, value in params.items()]
+
+    def _check_swept_once(self, params: list[str], typed: list[Override]) -> None:
+        """A key that configs sweep and the command line sets would run one combination many times. Raises UserError."""
+        keys = {o.key_or_group for o in typed}
+        for param in params:
+            key = param.split("=")[0]
+            if key in keys:
+                raise UserError(
+                    f"{key} is swept by the configs ({param}) and set on the command line too: leave one of them out, "
+                    f"or sweep other values with hydra.sweeper.params.{key}=..."
+                )
 
     def _chooses(self, override: Override) -> bool:
         return override.package is not None or self._is_group(override.key_or_group)

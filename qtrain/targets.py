@@ -34,8 +34,8 @@ _PLUG_IN = re.compile(r"([\w.]+):[^\W\d]\w*")
 # Keys of free text, which nothing takes for a spec.
 _TEXT = frozenset(
     {
-        "baseline", "checkpoint", "data_folder", "entity", "folder", "name", "out", "paths", "project", "prompt",
-        "path", "resume", "root", "run", "separator", "tags", "tokenizer", "train", "val",
+        "baseline", "checkpoint", "data_folder", "entity", "folder", "init_from", "name", "out", "path", "paths", "project",
+        "prompt", "resume", "root", "run", "separator", "tags", "tokenizer", "train", "val",
     }
 )  # fmt: skip
 

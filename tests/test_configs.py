@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -16,7 +17,9 @@ from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GROUPS = ("model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment")
+GROUPS = (
+    "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
+)  # fmt: skip
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
 # What a configuration of data leaves to its user; byte: other tokenizers have files that are not here
 NEEDED = {
@@ -81,6 +84,10 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 def test_every_file_of_every_group_composes(group, name):
     more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
+    if name.startswith("bnb_paged") and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
+        cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     if group != "data" or name == "stdlib":
         assert isinstance(parts.data, PreparedText)
@@ -110,6 +117,19 @@ def test_knobs_exist_where_they_mean_something():
     assert linear.wgrad.grad_output is None
     with pytest.raises(HydraException, match="w"):
         composed("train", "recipe=fp8_rowwise", "w=int4_row")
+
+
+def test_moments_are_knobs_of_the_optimizers_that_have_them():
+    for name in ("torch_adamw", "bnb_adamw8bit", "bnb_lion8bit"):
+        with pytest.raises(HydraException, match="m1"):
+            composed("train", f"optimizer={name}", "m1=int8_row")
+        cfg = composed("train", f"optimizer={name}", "experiment=quickstart_baseline", "compile=false")
+        with pytest.raises(ValueError, match=r"m1 and m2 would do nothing.*~m1 ~m2"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
+    cfg = composed("train", "optimizer=adamw_fake", "m1=int4_row", "compile=false")
+    optimizer = assemble(OmegaConf.to_container(cfg, resolve=True)).optimizer
+    recipe = optimizer.for_model(torch.nn.Linear(2, 2)).recipe
+    assert (recipe.exp_avg.format, recipe.packed) == ("int4", False)
 
 
 def test_the_paper_s_gradient_scale_is_per_token():

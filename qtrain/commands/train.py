@@ -91,6 +91,8 @@ def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
     from qtrain.data.read_ahead import StreamError
     from qtrain.data.shards import ShardError
+    from qtrain.data.sources import SourceError
+    from qtrain.data.tokenizers import TokenizerError
     from qtrain.interrupts import Interrupted
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.fit import train
@@ -101,7 +103,7 @@ def run_rank(config: dict[str, Any]) -> int:
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
-    except (StartRefused, ShardError, StreamError) as error:
+    except (StartRefused, ShardError, SourceError, StreamError, TokenizerError) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:

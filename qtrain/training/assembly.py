@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from qtrain.data.corpus import DataPlan, PreparedText
 from qtrain.data.mixture import Mixture
 from qtrain.data.tokenizers import BpeTraining, Tokenizer
-from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.models.protocol import ModelConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -31,6 +31,8 @@ from .settings import RunSettings
 
 # What the optimizer's mapping holds beside the arguments of its class.
 _CLIP = "clip_norm"
+# Top-level knobs of the optimizers that have ``states``.
+_MOMENTS = ("m1", "m2")
 
 
 def locate(target: str) -> Any:
@@ -98,7 +100,7 @@ class Assembly:
 
     config: Mapping[str, Any]
     settings: RunSettings
-    model_config: GPTConfig
+    model_config: ModelConfig
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
@@ -119,13 +121,12 @@ class Assembly:
         """Processes of the run, as the trainer's configuration says."""
         return self.processes.world_size
 
-    def make_model(self) -> nn.Module:
-        """The model with its initial weights, in high precision."""
-        return GPT(
-            self.model_config,
-            seed=self.settings.seed,
-            activation_checkpointing=self.settings.activation_checkpointing,
-        )
+    def make_model(self, *, pretrained: bool = True) -> nn.Module:
+        """The model with its initial weights, in high precision; of type ``LanguageModel``. pretrained: see
+        ``ModelConfig.build``."""
+        model = self.model_config.build(seed=self.settings.seed, pretrained=pretrained)
+        model.set_activation_checkpointing(self.settings.activation_checkpointing)
+        return model
 
 
 def _check_fit(parts: Assembly) -> None:
@@ -144,6 +145,12 @@ def _check_fit(parts: Assembly) -> None:
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
+    idle = [key for key in _MOMENTS if key in parts.config]
+    if idle and "states" not in parts.optimizer.target:
+        raise ValueError(
+            f"{' and '.join(idle)} would do nothing: {optimizer} has states of its own; take them out (~{' ~'.join(idle)}), or "
+            "take optimizer=adamw, whose moments they choose"
+        )
     if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
         raise ValueError(
             f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
@@ -173,13 +180,6 @@ def resolved_device(device: str) -> str:
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _with_vocabulary(model: Mapping[str, Any], vocab_size: int) -> Mapping[str, Any]:
-    """``model`` with the data's vocabulary where it leaves that open (null)."""
-    if "vocab_size" in model and model["vocab_size"] is None:
-        return {**model, "vocab_size": vocab_size}
-    return model
-
-
 def _settings(config: Mapping[str, Any]) -> RunSettings:
     """A micro-batch that is left open is the whole share of a process in a step."""
     if config["micro_batch_sequences"] is not None:
@@ -192,6 +192,19 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
         )
     share = batch // processes if isinstance(batch, int) else batch
     return RunSettings.of({**config, "micro_batch_sequences": share})
+
+
+def _model_config(config: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+    """A vocabulary that is left open is the tokenizer's."""
+    if config.get("vocab_size", 0) is None:
+        config = {**config, "vocab_size": vocab_size}
+    model = build(config)
+    if not isinstance(model, ModelConfig):
+        raise TypeError(
+            f"model is a {type(model).__name__}: its _target_ must be a configuration that builds a model "
+            "(qtrain.models.protocol.ModelConfig), as in configs/model"
+        )
+    return model
 
 
 # What the parts of a mixture have of it where they do not say it themselves
@@ -249,7 +262,7 @@ def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> A
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=build(_with_vocabulary(config["model"], data.vocab_size)),
+        model_config=_model_config(config["model"], data.vocab_size),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),

@@ -17,7 +17,7 @@ from .datamodule import WindowsDataModule, open_corpus
 from .fit import make_trainer
 from .module import QuantizedTransformer
 from .report import NO_TOKENIZER, sample_text
-from .run_folder import write_json
+from .run_folder import WINDOW_LOSSES, write_array, write_json
 from .saved import TrainedRun
 from .settings import SampleSettings
 
@@ -32,13 +32,13 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """``window_losses.npy`` and ``evaluation.json``."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "window_losses.npy", self.window_losses)
+        write_array(folder / WINDOW_LOSSES, self.window_losses)
         write_json(folder / "evaluation.json", dict(self.numbers))
 
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
     """The run's model with its weights, under the recipe of ``run.parts``."""
-    module = QuantizedTransformer(run.parts)
+    module = QuantizedTransformer(run.parts, continues=True)
     module.configure_model()
     module.load_state_dict(run.checkpoint["state_dict"])
     return module

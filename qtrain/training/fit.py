@@ -32,7 +32,16 @@ from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
 from .report import NO_TOKENIZER, optimizer_state_bytes, print_report, sample_text, summarize
 from .resume import Start, start_run
-from .run_folder import CENSUS, CHECKPOINTS, SUMMARY, VERDICT, write_json, write_text
+from .run_folder import (
+    CENSUS,
+    CHECKPOINTS,
+    SUMMARY,
+    VERDICT,
+    WINDOW_LOSSES,
+    write_array,
+    write_json,
+    write_text,
+)
 from .settings import PRECISIONS
 from .strategy import ConnectedProcesses, make_strategy
 from .verdict import RunStopped, Verdict
@@ -129,7 +138,7 @@ def _run(
     )
     if first and data.corpus.tokenizer is not None:
         data.corpus.tokenizer.save(folder / TOKENIZER)
-    module = QuantizedTransformer(parts)
+    module = QuantizedTransformer(parts, continues=start.checkpoint is not None)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
         verdict = _fit(trainer, module, data, start)
@@ -243,6 +252,7 @@ def _report(
     subtitle = f"{describe_knobs(parts.config)}   validation {summary['val_loss']:.4f} nats/token"
     plot_losses(rows, lines, parts.settings.name, subtitle, folder / "loss.png")
     write_text(folder / "sample.txt", sample)
+    write_array(folder / WINDOW_LOSSES, module.window_losses.cpu().numpy())
     summary.update(
         folder=str(folder),
         checkpoint=f"{CHECKPOINTS}/{checkpoint_name(trainer.global_step)}",

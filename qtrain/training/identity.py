@@ -28,7 +28,7 @@ CHANGEABLE = ("recipe",)
 
 def recipe_digest(recipe: ModelRecipe) -> str:
     """sha256 of what the recipe says, however it was spelled: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:
