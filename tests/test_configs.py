@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
@@ -20,6 +21,18 @@ GROUPS = (
     "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
+# What a configuration of data leaves to its user; byte: other tokenizers have files that are not here
+NEEDED = {
+    **{key: ["source.paths=[corpus]", "tokenizer=byte"] for key in ("text", "jsonl", "parquet")},
+    "nanogpt_bin": ["train=train.bin", "val=val.bin", "tokenizer=byte"],
+    "llmc_bin": ["train=shards", "val=null", "tokenizer=byte"],
+    "megatron": ["train=corpus_text_document", "vocab_size=257"],
+    "mixture": [
+        "parts={code:{weight:0.7,source:{_target_:qtrain.data.sources.StdlibSource}},bins:{weight:0.3,"
+        "_target_:qtrain.data.token_files.TokenFiles,train:t.bin}}",
+        "tokenizer=byte",
+    ],
+}
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
 
 
@@ -69,17 +82,17 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    files = group == "data" and name in ("text", "jsonl", "parquet")
-    more = ["data.source.paths=[corpus]"] if files else []
-    if group == "data":  # what the hub's corpora name is on the hub
-        more.append("data.tokenizer=byte")
+    more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
             assemble(OmegaConf.to_container(cfg, resolve=True))
         cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    assert isinstance(parts.source, StdlibSource) == (group != "data" or name == "stdlib")
+    if group != "data" or name == "stdlib":
+        assert isinstance(parts.data, PreparedText)
+        assert isinstance(parts.data.source, StdlibSource)
+    assert parts.model_config.vocab_size >= parts.data.vocab_size
 
 
 def test_every_primary_config_composes():

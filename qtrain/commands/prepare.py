@@ -20,6 +20,10 @@ def _parts(config: dict[str, Any]) -> tuple[Any, Any]:
     from qtrain.data.tokenizers import get_tokenizer
     from qtrain.training.assembly import build
 
+    if "source" not in config["data"]:
+        raise ValueError(
+            "data: there is no source to prepare; token files and streams are read as they are, and of a mixture each part is prepared by itself"
+        )
     return build(config["data"]["source"]), get_tokenizer(config["data"]["tokenizer"])
 
 

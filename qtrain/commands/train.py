@@ -93,6 +93,7 @@ def run(cfg: DictConfig) -> int:
 
 def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    from qtrain.data.read_ahead import StreamError
     from qtrain.data.shards import ShardError
     from qtrain.data.sources import SourceError
     from qtrain.data.tokenizers import TokenizerError
@@ -106,7 +107,7 @@ def run_rank(config: dict[str, Any]) -> int:
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
-    except (StartRefused, ShardError, SourceError, TokenizerError) as error:
+    except (StartRefused, ShardError, SourceError, StreamError, TokenizerError) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:
