@@ -79,9 +79,34 @@ def test_every_command_line_is_accepted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_launch", lambda *arguments: 0)
     words = shlex.split(line)[1:]
-    if any(word.startswith("run=") for word in words):
+    if any(word.startswith(("run=", "runs=")) for word in words):
         words.append("--cfg")
     assert cli.main(words) == 0, capfd.readouterr().err
+
+
+def documented() -> list[str]:
+    """The command lines of docs/experiments.md, in its tables and its blocks."""
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(qtrain [^`]*=[^`]*)`", text) + re.findall(
+        r"^ *(qtrain .*)$", text, flags=re.MULTILINE
+    )
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("line", documented())
+def test_every_documented_experiment_composes(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        word for word in shlex.split(line)[1:] if not word.startswith("seed=")
+    ]  # a seed composes like another
+    assert cli.main([*words, "--cfg"]) == 0, capfd.readouterr().err
+
+
+def test_every_sweep_and_optimizer_is_documented() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for group in ("sweep", "optimizer"):
+        for file in (ROOT / "configs" / group).glob("*.yaml"):
+            assert f"sweep={file.stem}" in text or f"`{file.stem}`" in text, file
+    assert len(documented()) > 12
 
 
 def test_the_readme_names_every_command() -> None:
