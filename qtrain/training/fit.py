@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from qtrain.data.manifest import TOKENIZER
 from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
@@ -133,7 +134,9 @@ def _run(
     logger = (
         make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
     )
-    module = QuantizedTransformer(parts)
+    if first:
+        data.shards.tokenizer.save(folder / TOKENIZER)
+    module = QuantizedTransformer(parts, continues=start.checkpoint is not None)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
         verdict = _fit(trainer, module, data, start)
@@ -212,7 +215,7 @@ def _report(
     begun: float,
 ) -> None:
     # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
-    sample = sample_text(module, parts.tokenizer, parts.settings.sample, parts.settings.seed)
+    sample = sample_text(module, data.shards.tokenizer, parts.settings.sample, parts.settings.seed)
     sharded = parts.processes.sharding == "fsdp2"
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
@@ -220,7 +223,7 @@ def _report(
     folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
-    trigram = trigram_loss(data.shards, data.val) if parts.tokenizer.name == "byte" else None
+    trigram = trigram_loss(data.shards, data.val) if data.shards.tokenizer.kind == "byte" else None
     census = folder / CENSUS
     summary = summarize(
         module,

@@ -63,6 +63,7 @@ def test_the_folder_is_complete(finished):
         "loss.png",
         "sample.txt",
         "window_losses.npy",
+        "tokenizer/about.json",
         "summary.json",
         "verdict.json",
         "attempts.jsonl",
