@@ -79,7 +79,7 @@ def test_every_command_line_is_accepted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_launch", lambda *arguments: 0)
     words = shlex.split(line)[1:]
-    if any(word.startswith("run=") for word in words):
+    if any(word.startswith(("run=", "runs=")) for word in words):
         words.append("--cfg")
     assert cli.main(words) == 0, capfd.readouterr().err
 
