@@ -16,14 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 from optimizer_states_runs import BASELINE
+from qtrain.analysis.paired import CONFIDENCE, student_t
 
-CONFIDENCE = 0.95
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot tell"
 Interval = tuple[float, float]
 
@@ -93,22 +91,6 @@ class Verdict:
     outcome: str
 
 
-@cache
-def student_quantile(p: float, degrees: int) -> float:
-    """The p-quantile of Student's t with so many degrees of freedom, 1/2 <= p < 1, by bisection of its integral."""
-    if degrees > 200:
-        return NormalDist().inv_cdf(p)
-    # With x = sqrt(n) tan(a) the density integrates as C cos(a)^(n-1) da
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        inner = np.linspace(0.0, angle, 2001)
-        area = constant * float(np.trapezoid(np.cos(inner) ** (degrees - 1), inner))
-        low, high = (angle, high) if area < p - 0.5 else (low, angle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
     """Student's interval of the mean. One value gives (-inf, inf); infinite ones reach from the least to infinity."""
     found = np.asarray(values, dtype=np.float64)
@@ -116,11 +98,7 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
         return (float(found.min()), math.inf)
     if len(found) < 2:
         return (-math.inf, math.inf)
-    half = (
-        student_quantile(0.5 + CONFIDENCE / 2, len(found) - 1)
-        * float(found.std(ddof=1))
-        / math.sqrt(len(found))
-    )
+    half = student_t(CONFIDENCE, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
     return (float(found.mean()) - half, float(found.mean()) + half)
 
 

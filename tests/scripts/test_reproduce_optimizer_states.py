@@ -26,7 +26,6 @@ from optimizer_states_claims import (
     judge,
     mean_interval,
     sign_test,
-    student_quantile,
 )
 from optimizer_states_page import BEGIN, END, check_alike, read_results, write_page
 from optimizer_states_runs import ARMS, BASELINE, Arm, Run, RunFailed, run_all, runs_of
@@ -36,14 +35,6 @@ WINDOWS = 64
 
 
 # --- statistics
-
-
-@pytest.mark.parametrize(
-    ("p", "degrees", "expected"),  # the printed tables of Student's t
-    [(0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.95, 2, 2.9200), (0.975, 4, 2.7764), (0.975, 30, 2.0423), (0.975, 511, 1.96)],
-)  # fmt: skip
-def test_students_quantiles_are_those_of_the_tables(p: float, degrees: int, expected: float) -> None:
-    assert student_quantile(p, degrees) == pytest.approx(expected, abs=6e-5)
 
 
 def test_the_interval_of_a_mean() -> None:
