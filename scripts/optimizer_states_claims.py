@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from optimizer_states_runs import BASELINE
+
 from qtrain.analysis.paired import CONFIDENCE, student_t
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot tell"
