@@ -120,7 +120,9 @@ def _compiler() -> str | None:
 def _model_config(cfg: DictConfig) -> ModelConfig:
     from hydra.utils import instantiate
 
-    return instantiate(cfg.model)
+    # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
+    more = {"vocab_size": 257} if cfg.model.vocab_size is None else {}
+    return instantiate(cfg.model, **more)
 
 
 def _recipe(cfg: DictConfig) -> ModelRecipe:

@@ -188,7 +188,8 @@ class TokensToLogits(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} has no list of blocks: it cannot be sharded block by block"
             )
-        return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+        sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
+        return list(lists[sizes.index(max(sizes))])
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward pass. Raises ValueError for an architecture that cannot."""

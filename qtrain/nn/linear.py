@@ -164,9 +164,8 @@ class _QuantizedLinear(torch.autograd.Function):
             gemms = _Gemms(recipe, Draws(counters, stream), dtype)
             x2 = x.reshape(-1, x.shape[-1])
             xq, x_entered = gemms.forward_operand(x2, "input")
-            wq, w_entered = gemms.forward_operand(
-                weight.contiguous(), "weight"
-            )  # [I, O] storage: the same sums
+            # Of [I, O] storage too: the sums of a GEMM go by the layout of what it reads
+            wq, w_entered = gemms.forward_operand(weight.contiguous(), "weight")
             y = quantized_gemm(x_entered, w_entered, dtype, bias)
             reused_w = w_entered if recipe.dgrad.weight == "fprop" else (None, None)
             kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 5

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtrain.data.sources import TextSource
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
 from qtrain.models.protocol import ModelConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
@@ -30,6 +30,8 @@ from .settings import RunSettings
 
 # What the optimizer's mapping holds beside the arguments of its class.
 _CLIP = "clip_norm"
+# Top-level knobs of the optimizers that have ``states``.
+_MOMENTS = ("m1", "m2")
 
 
 def locate(target: str) -> Any:
@@ -92,7 +94,8 @@ class OptimizerParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The parts of a run. ``config`` is the plain configuration they were made from."""
+    """The parts of a run. ``config`` is the plain configuration they were made from. ``tokenizer``: may be still to be
+    trained; the prepared data have the one that was."""
 
     config: Mapping[str, Any]
     settings: RunSettings
@@ -100,7 +103,7 @@ class Assembly:
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | BpeTraining
     source: TextSource
 
     @property
@@ -135,6 +138,12 @@ def _check_fit(parts: Assembly) -> None:
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
+    idle = [key for key in _MOMENTS if key in parts.config]
+    if idle and "states" not in parts.optimizer.target:
+        raise ValueError(
+            f"{' and '.join(idle)} would do nothing: {optimizer} has states of its own; take them out (~{' ~'.join(idle)}), or "
+            "take optimizer=adamw, whose moments they choose"
+        )
     if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
         raise ValueError(
             f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
@@ -178,10 +187,10 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
-def _model_config(config: Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfig:
+def _model_config(config: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     """A vocabulary that is left open is the tokenizer's."""
     if config.get("vocab_size", 0) is None:
-        config = {**config, "vocab_size": tokenizer.vocab_size}
+        config = {**config, "vocab_size": vocab_size}
     model = build(config)
     if not isinstance(model, ModelConfig):
         raise TypeError(
@@ -191,19 +200,20 @@ def _model_config(config: Mapping[str, Any], tokenizer: Tokenizer) -> ModelConfi
     return model
 
 
-def assemble(config: Mapping[str, Any]) -> Assembly:
-    """The parts of the run that ``config`` describes, checked alone and against each other.
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | BpeTraining | None = None) -> Assembly:
+    """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
+    the place of the one that ``config`` names, as where a checkpoint brings it.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
     data = config["data"]
+    tokenizer = tokenizer or get_tokenizer(data["tokenizer"])
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
             f"recipe is a {type(recipe).__name__}: give it _target_: qtrain.quant.ModelRecipe, as in configs/recipe"
         )
-    tokenizer = get_tokenizer(data["tokenizer"])
-    model = _model_config(config["model"], tokenizer)
+    model = _model_config(config["model"], tokenizer.vocab_size)
     if hasattr(model, "plain"):  # described elsewhere: a run writes down what it found there
         config = {**config, "model": model.plain()}
     parts = Assembly(

@@ -215,6 +215,8 @@ class QuantizedTransformer(LightningModule):
             "tokens": step * self.settings.step_tokens,
             "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            # By its contents, so that a checkpoint is enough by itself
+            "tokenizer": self.trainer.datamodule.shards.tokenizer.state(),  # type: ignore[attr-defined]
             "recipe_sha256": recipe_digest(self.parts.recipe),
             "plan": plan_of(self.surgery, self.parts.recipe),
             "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,

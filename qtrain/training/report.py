@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qtrain.data.tokenizers import Tokenizer
 from qtrain.models.sampling import generate
-from qtrain.optim import AdamW
 
 from .baselines import ReferenceRun
 from .callbacks.metrics_jsonl import bits_per_byte
@@ -102,7 +101,7 @@ def summarize(
 def optimizer_state_bytes(optimizer: Any, *, sharded: bool) -> dict[str, int] | None:
     """Bytes held, and what float32 would take; None for optimizers that do not say. sharded: whether every process
     holds a part; all of them then call this, and it is the sum."""
-    if not isinstance(optimizer, AdamW):
+    if not hasattr(optimizer, "state_bytes"):
         return None
     held = optimizer.state_bytes()
     found = {name: held[name] for name in ("total", "as_float32")}
