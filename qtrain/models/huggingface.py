@@ -80,9 +80,6 @@ class HuggingFaceConfig:
     def _described(self) -> dict[str, Any]:
         """The architecture as plain containers, out of path and config."""
         changes = {str(k): v for k, v in self.config.items() if v is not None}
-        for key, ours in _OURS.items():
-            if key in changes:
-                raise ValueError(f"model.config.{key}={changes[key]!r}: say it as {ours}={changes[key]!r}")
         if self.path is None:
             if "model_type" not in changes:
                 raise ValueError(
@@ -196,10 +193,14 @@ class TokensToLogits(nn.Module):
         model: Any = self
         if enabled and not model.supports_gradient_checkpointing:
             raise ValueError(f"activation_checkpointing=true: {type(self).__name__} does not support it")
+        word = (
+            "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        )  # as it was called
         if enabled:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, f"{word}_checkpointing_enable")
+            enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
         elif self.recomputes:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{word}_checkpointing_disable")()
         self.recomputes = enabled
 
 
@@ -222,13 +223,16 @@ def _merged(found: dict[str, Any], changes: dict[str, Any]) -> Any:
     values = dict(found)
     model_type = changes.pop("model_type", None) or values.pop("model_type")
     kind = type(_checked(model_type, {}))
-    known = {*kind().to_dict(), *kind.attribute_map} - set(_OURS)
+    known = {*kind().to_dict(), *kind.attribute_map}
+    ours = {kind.attribute_map.get(theirs, theirs): key for theirs, key in _OURS.items()}
     for key, value in changes.items():
+        if (name := kind.attribute_map.get(key, key)) in ours:
+            raise ValueError(f"model.config.{key}={value!r}: say it as {ours[name]}={value!r}")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=3)
             meant = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(sorted(known))}"
             raise ValueError(f"model.config.{key}: {kind.__name__} has no such value; {meant}")
-        values[kind.attribute_map.get(key, key)] = value
+        values[name] = value
     return _checked(model_type, values)
 
 

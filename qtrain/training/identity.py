@@ -50,6 +50,16 @@ def check_allowed(names: Sequence[str]) -> None:
         )
 
 
+def _different(key: str, there: Any, here: Any) -> list[str]:
+    """A sentence for each value that differs, however deep it lies in mappings."""
+    if there == here:
+        return []
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        inner = dict.fromkeys([*there, *here])
+        return [s for k in inner for s in _different(f"{key}.{k}", there.get(k), here.get(k))]
+    return [f"{key}: {there} there, {here} here"]
+
+
 def differences(
     saved: Mapping[str, Any], config: Mapping[str, Any], recipe: ModelRecipe, data: Mapping[str, Any]
 ) -> list[str]:
@@ -57,11 +67,7 @@ def differences(
     each. Recipes are compared by what they mean, not by how they are written."""
     theirs = saved["hyper_parameters"]["config"]
     keys = (set(config) | set(theirs)) - FREE - _KNOBS - {"data", "recipe"}
-    found = [
-        f"{key}: {theirs.get(key)} there, {config.get(key)} here"
-        for key in sorted(keys)
-        if config.get(key) != theirs.get(key)
-    ]
+    found = [s for key in sorted(keys) for s in _different(key, theirs.get(key), config.get(key))]
     facts = saved["qtrain"]
     if facts["recipe_sha256"] != recipe_digest(recipe) and "recipe" not in config.get("allow_changed", ()):
         found.append(
