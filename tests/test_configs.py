@@ -85,6 +85,8 @@ def test_every_file_of_every_group_composes(group, name):
     more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
     if "openwebtext" in name:  # what the corpora of the hub name is on the hub
         more = ["data.tokenizer=byte"]
+    if (group, name) == ("model", "huggingface"):  # an architecture is asked for
+        more += ["model.config.model_type=llama", "model.config.num_key_value_heads=8"]
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):

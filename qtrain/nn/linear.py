@@ -190,7 +190,7 @@ class _QuantizedLinear(torch.autograd.Function):
             gemms = _Gemms(recipe, Draws(counters, stream), dtype, given, notes if trains else {})
             x2 = x.reshape(-1, x.shape[-1])
             xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[8])
-            # [I, O] storage: the same sums
+            # Of [I, O] storage too: the sums of a GEMM go by the layout of what it reads
             wq, w_entered, w_move = gemms.forward_operand(
                 weight.contiguous(), "weight", moves=ctx.needs_input_grad[9]
             )

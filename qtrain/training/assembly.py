@@ -264,10 +264,13 @@ def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> A
         raise TypeError(
             f"recipe is a {type(recipe).__name__}: give it _target_: qtrain.quant.ModelRecipe, as in configs/recipe"
         )
+    model = _model_config(config["model"], data.vocab_size)
+    if hasattr(model, "plain"):  # described elsewhere: a run writes down what it found there
+        config = {**config, "model": model.plain()}
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=_model_config(config["model"], data.vocab_size),
+        model_config=model,
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),

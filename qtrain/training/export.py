@@ -37,7 +37,7 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
         raise ValueError(
             f"a model of {type(config).__name__} cannot be exported: only GPTConfig and LlamaConfig can"
         )
-    theirs = hf_config.to_huggingface(config, eot_token=tokenizer.eot_token)
+    theirs = hf_config.to_huggingface(config, eot_token=None if tokenizer is None else tokenizer.eot_token)
     tensors = hf_weights.to_huggingface(config, weights)
     notes = [
         f"{type(theirs).__name__.removesuffix('Config')} of {sum(t.numel() for t in tensors.values()):,} parameters, step "
@@ -54,8 +54,10 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
     return notes
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
+def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> str:
     """Writes the tokenizer where it is one of Hugging Face's; returns what to say about it."""
+    if tokenizer is None:
+        return "no tokenizer files: the run's data name none"
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return (
             f"no tokenizer files: the tokenizer {tokenizer.name!r} has no Hugging Face form; its ids are "

@@ -51,12 +51,22 @@ def check_allowed(names: Sequence[str]) -> None:
         )
 
 
-def _same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], model: ModelConfig) -> bool:
+def _different(key: str, there: Any, here: Any) -> list[str]:
+    """A sentence for each value that differs, however deep it lies in mappings."""
+    if there == here:
+        return []
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        inner = dict.fromkeys([*there, *here])
+        return [s for k in inner for s in _different(f"{key}.{k}", there.get(k), here.get(k))]
+    return [f"{key}: {there} there, {here} here"]
+
+
+def _different_models(there: Mapping[str, Any], here: Mapping[str, Any], model: ModelConfig) -> list[str]:
     defaults: dict[str, Any] = {f.name: f.default for f in fields(model)} if is_dataclass(model) else {}
-    names = set(ours) | set(theirs)
-    there = {n: theirs.get(n, defaults.get(n)) for n in names}
+    there, here = ({k: side.get(k, defaults.get(k)) for k in {**there, **here}} for side in (there, here))
     # What is written here, or what became of it: a vocabulary that is left open is the tokenizer's
-    return all(there[n] == ours.get(n, defaults.get(n)) or there[n] == getattr(model, n, None) for n in names)
+    became = {k: getattr(model, k, None) for k in here}
+    return [s for k in here if there[k] != became[k] for s in _different(f"model.{k}", there[k], here[k])]
 
 
 def differences(
@@ -71,12 +81,13 @@ def differences(
     of a model that one side leaves out is its class's default."""
     theirs = saved["hyper_parameters"]["config"]
     keys = (set(config) | set(theirs)) - FREE - _KNOBS - {"data", "recipe"}
-    found = [
-        f"{key}: {theirs.get(key)} there, {config.get(key)} here"
-        for key in sorted(keys)
-        if config.get(key) != theirs.get(key)
-        and not (key == "model" and _same_model(config[key], theirs.get(key, {}), model))
-    ]
+    found: list[str] = []
+    for key in sorted(keys):
+        there, here = theirs.get(key), config.get(key)
+        if key == "model" and isinstance(there, Mapping):
+            found += _different_models(there, config[key], model)
+        else:
+            found += _different(key, there, here)
     facts = saved["qtrain"]
     if facts["recipe_sha256"] != recipe_digest(recipe) and "recipe" not in config.get("allow_changed", ()):
         found.append(
