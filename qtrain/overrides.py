@@ -116,9 +116,13 @@ class Overrides:
                     raise UserError(
                         f"{text} sweeps: add -m to run every value, or quote it to mean one value, '{override.key_or_group}=\"{override.get_value_string()}\"'"
                     )
-            return [self.overrides]
         hydra_overrides = [str(o.input_line) for o in parsed if o.is_hydra_override()]
         params = self._sweeper_params(hydra_overrides)
+        if not multirun:
+            if params:
+                raise UserError(f"the configs sweep {', '.join(params)}: add -m to run every combination")
+            return [self.overrides]
+        self._check_swept_once(params, parsed)
         swept = [o for o in self.parse(params) + parsed if not o.is_hydra_override()]
         discrete = [o for o in swept if not o.is_sweep_override() or o.is_discrete_sweep()]
         runs = BasicSweeper.split_arguments(discrete, None)[0]
@@ -136,6 +140,17 @@ class Overrides:
             return []  # the same fault shows in the check of the runs, which explains it
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         return [f"{key}={value}" for key, value in params.items()]
+
+    def _check_swept_once(self, params: list[str], typed: list[Override]) -> None:
+        """A key that configs sweep and the command line sets would run one combination many times. Raises UserError."""
+        keys = {o.key_or_group for o in typed}
+        for param in params:
+            key = param.split("=")[0]
+            if key in keys:
+                raise UserError(
+                    f"{key} is swept by the configs ({param}) and set on the command line too: leave one of them out, "
+                    f"or sweep other values with hydra.sweeper.params.{key}=..."
+                )
 
     def _chooses(self, override: Override) -> bool:
         return override.package is not None or self._is_group(override.key_or_group)

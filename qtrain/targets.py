@@ -32,8 +32,8 @@ _PLUG_IN = re.compile(r"([\w.]+):[^\W\d]\w*")
 # Keys of free text, which nothing takes for a spec.
 _TEXT = frozenset(
     {
-        "baseline", "checkpoint", "data_folder", "entity", "folder", "name", "out", "paths", "project", "prompt",
-        "resume", "root", "run", "separator", "tags",
+        "baseline", "checkpoint", "data_folder", "entity", "folder", "init_from", "name", "out", "paths", "project", "prompt",
+        "resume", "root", "run", "separator", "tags", "tokenizer",
     }
 )  # fmt: skip
 

@@ -137,6 +137,19 @@ def test_sweeps_of_a_config_are_checked_too(toy: Toy) -> None:
     assert runs() == ["nothing 1 None", "nothing 2 None"]
 
 
+def test_what_configs_sweep_needs_m_and_is_swept_once(toy: Toy) -> None:
+    """Else one default run passes for a sweep, or a typed value is run once for each that it replaces."""
+    code, text = toy("+sweep=sizes")
+    assert code == 2, text
+    assert "the configs sweep size=" in text
+    assert "add -m" in text
+    code, text = toy("-m", "+sweep=sizes", "size=7")
+    assert code == 2, text
+    assert "size is swept by the configs" in text
+    assert "hydra.sweeper.params.size=" in text
+    assert runs() == []
+
+
 def test_a_failing_run_of_a_sweep_does_not_stop_the_others(toy: Toy) -> None:
     code, text = toy("-m", "fail=true,false", "size=5")
     assert code == 1

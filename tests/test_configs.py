@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -15,7 +16,9 @@ from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-GROUPS = ("model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment")
+GROUPS = (
+    "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
+)  # fmt: skip
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
 
@@ -66,16 +69,22 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    more = ["data.source.paths=[corpus]"] if (group, name) == ("data", "text") else []
+    files = group == "data" and name in ("text", "jsonl", "parquet")
+    more = ["data.source.paths=[corpus]"] if files else []
+    if group == "data":  # what the hub's corpora name is on the hub
+        more.append("data.tokenizer=byte")
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
+    if name.startswith("bnb_paged") and not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
+        cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    if (group, name) != ("data", "text"):
-        assert isinstance(parts.source, StdlibSource)
+    assert isinstance(parts.source, StdlibSource) == (group != "data" or name == "stdlib")
 
 
 def test_every_primary_config_composes():
     primaries = {f.stem for f in CONFIGS.glob("*.yaml")}
-    assert primaries >= {"train", "evaluate", "generate"}
+    assert primaries >= {"train", "prepare", "evaluate", "generate"}
     for name in primaries:
         OmegaConf.to_container(composed(name), resolve=True)
 
@@ -95,6 +104,19 @@ def test_knobs_exist_where_they_mean_something():
     assert linear.wgrad.grad_output is None
     with pytest.raises(HydraException, match="w"):
         composed("train", "recipe=fp8_rowwise", "w=int4_row")
+
+
+def test_moments_are_knobs_of_the_optimizers_that_have_them():
+    for name in ("torch_adamw", "bnb_adamw8bit", "bnb_lion8bit"):
+        with pytest.raises(HydraException, match="m1"):
+            composed("train", f"optimizer={name}", "m1=int8_row")
+        cfg = composed("train", f"optimizer={name}", "experiment=quickstart_baseline", "compile=false")
+        with pytest.raises(ValueError, match=r"m1 and m2 would do nothing.*~m1 ~m2"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
+    cfg = composed("train", "optimizer=adamw_fake", "m1=int4_row", "compile=false")
+    optimizer = assemble(OmegaConf.to_container(cfg, resolve=True)).optimizer
+    recipe = optimizer.for_model(torch.nn.Linear(2, 2)).recipe
+    assert (recipe.exp_avg.format, recipe.packed) == ("int4", False)
 
 
 def test_the_paper_s_gradient_scale_is_per_token():

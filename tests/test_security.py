@@ -38,7 +38,7 @@ ALLOWED = {
     "qtrain/cli.py": {"importlib.import_module"},
     "qtrain/training/assembly.py": {"importlib.import_module"},
     "qtrain/training/worker.py": {"importlib.import_module"},
-    "qtrain/quant/formats/__init__.py": {"importlib.import_module"},
+    "qtrain/quant/plugins.py": {"importlib.import_module"},
     "kernels/qtrain_kernels/op.py": {"importlib.import_module"},
     "qtrain/commands/bench.py": {"hydra.utils.instantiate"},
     "scripts/mutate.py": {"importlib.import_module"},

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor, nn
 
-    from qtrain.models.gpt import GPT, GPTConfig
+    from qtrain.models.protocol import ModelConfig
     from qtrain.quant import ModelRecipe
 
 CONFIG = "bench"
@@ -117,10 +117,12 @@ def _compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def _model_config(cfg: DictConfig) -> GPTConfig:
+def _model_config(cfg: DictConfig) -> ModelConfig:
     from hydra.utils import instantiate
 
-    return instantiate(cfg.model)
+    # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
+    more = {"vocab_size": 257} if cfg.model.vocab_size is None else {}
+    return instantiate(cfg.model, **more)
 
 
 def _recipe(cfg: DictConfig) -> ModelRecipe:
@@ -139,10 +141,10 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
     import torch
     import torch.nn.functional as F
 
-    from qtrain.models.gpt import GPT
     from qtrain.nn.surgery import apply_recipe
 
-    model: GPT = GPT(_model_config(cfg), seed=cfg.seed).to(device)
+    config = _model_config(cfg)
+    model = config.build(seed=cfg.seed).to(device)
     clock = None
     if arm == "recipe_compiled":
         clock = apply_recipe(model, _recipe(cfg), seed=cfg.seed).clock
@@ -150,7 +152,7 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
         fake_quantize_linears(model, exclude=("lm_head",))
     generator = torch.Generator().manual_seed(cfg.seed)
     shape = (cfg.batch_sequences, cfg.sequence_tokens + 1)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):

@@ -207,7 +207,7 @@ def storage_lines() -> Iterator[Line]:
             "disk",
             f"{free:.1f} GiB free" + ("" if enough else f"; a few checkpoints need {DISK_GIB:.0f} GiB"),
         )
-    from qtrain.data.prepare import cache_root
+    from qtrain.data.cache import cache_root
 
     cache = cache_root()
     parent = next(p for p in (cache, *cache.parents) if p.exists())

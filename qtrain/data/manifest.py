@@ -1,6 +1,7 @@
 """What a folder of token shards says about itself: ``manifest.json``.
 
     DIR/manifest.json        format version, tokenizer, dtype, and of each shard: file, tokens, bytes, sha256
+    DIR/tokenizer/           the tokenizer by its contents (``qtrain.data.tokenizers``)
     DIR/train-00000.bin ...  little-endian uint16 (vocabularies up to 65,536) or uint32, no header
     DIR/val-00000.bin ...
 
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
 SPLITS = ("train", "val")
 
 
@@ -42,7 +44,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says. ``tokenizer``: name, vocab_size, eot_token."""
+    """What ``manifest.json`` says. ``tokenizer``: kind, name, vocab_size, eot_token and digest of its contents."""
 
     tokenizer: dict[str, Any]
     dtype: str

@@ -1,73 +1,78 @@
 """Preparation: source + tokenizer -> token shards, once, found again by content.
 
 The folder's name carries a digest of everything that decides its contents (the fingerprint of the documents,
-the tokenizer, the split's settings, the format), so a changed corpus or setting never reads stale tokens and
-an unchanged one costs a fingerprint and a checksum.
+the tokenizer, the split's settings, the format), so a changed corpus or setting never reads stale tokens, and an
+unchanged one costs a look at the inodes of its files (``RememberedDigests``).
+
+    pass 1   a hash of each document finds exact duplicates and decides its side (``splits``)
+    pass 2   a BPE learns from the training documents, where one is to be trained
+    pass 3   near-duplicates of validation documents are left out, the others become ids, in several processes
+
+No pass holds more than a few batches of documents, and the number of processes changes no byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from qtrain.data import splits
+from qtrain.data.cache import RememberedDigests, cache_root
+from qtrain.data.encoding import DocumentEncoder, in_batches
 from qtrain.data.manifest import FORMAT_VERSION
 from qtrain.data.partial_folders import remove_stale
-from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, write_shards, writing
+from qtrain.data.progress import Progress, no_progress
+from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriter, write_shards, writing
 from qtrain.data.shards import TokenShards
 from qtrain.data.sources import TextSource
-from qtrain.data.splits import Side
-from qtrain.data.tokenizers import Tokenizer
-
-# (stage, documents done, documents in all or None where that is not known yet)
-Progress = Callable[[str, int, int | None], None]
+from qtrain.data.splits import Assignment, Side
+from qtrain.data.tokenizers import BpeTraining, Tokenizer
+from qtrain.data.worker_pool import map_in_order, usable_cores
 
 # Raised whenever the same settings begin to give other tokens.
 PREPARATION_VERSION = 1
 # 16 hex digits = 64 bits: folders of one cache root never collide by chance.
 _DIGEST_DIGITS = 16
-
-
-def cache_root() -> Path:
-    """``$QTRAIN_CACHE`` or, without it, ``~/.cache/qtrain/data``."""
-    given = os.environ.get("QTRAIN_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "qtrain" / "data"
-
-
-def _no_progress(stage: str, done: int, total: int | None) -> None:
-    pass
+# A process starts in about a second, in which one core encodes a megabyte or two
+_BYTES_PER_WORKER = 4 << 20
+# Ids of skipped documents that the manifest lists; all are counted
+_SKIPPED_LISTED = 100
+_FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
 
 
 def prepare(
     source: TextSource,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BpeTraining,
     out_dir: str | Path | None = None,
     *,
     val_fraction: float = 0.05,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    progress: Progress | None = None,
+    num_workers: int | None = None,
+    progress: Progress = no_progress,
 ) -> TokenShards:
     """Token shards of ``source``, from the cache or newly written.
 
-    ``out_dir``: the folder that holds prepared folders; None means ``cache_root()``. The result lies in
-    ``out_dir/SOURCE-TOKENIZER-DIGEST``. Every document is followed by the end-of-document token.
-    ``val_fraction``: expected share of documents in the validation split (see ``splits``).
-    ``progress``: called after each document; ``rich_progress`` makes one.
+    ``tokenizer``: one, or the training of one, on the training documents alone. ``out_dir``: the folder that holds
+    prepared folders; None means ``cache_root()``. The result lies in ``out_dir/SOURCE-TOKENIZER-DIGEST``. Every document
+    is followed by the end-of-text token. ``val_fraction``: expected share of documents in the validation split (see
+    ``splits``). ``num_workers``: processes that encode; None: the usable cores, fewer for little text.
+    ``progress``: called as it goes on; ``shown_progress`` makes one.
     Raises ValueError on an empty split or a source's name that is no folder's, ShardError when the cached folder
-    was altered, ShardWriteError when the place cannot be written (a full disk, no permission) and RuntimeError
-    when the source changes meanwhile.
+    was altered, ShardWriteError when the place cannot be written (a full disk, no permission), WorkerDied when a process
+    was killed, and RuntimeError when the source changes meanwhile. Nothing is left half-written.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
         raise ValueError(
             f"source name {source.name!r}: it names a folder; letters, digits, - and _ are allowed"
         )
-    progress = progress or _no_progress
+    if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 1):
+        raise ValueError(f"num_workers {num_workers} must be at least 1, or null for the usable cores")
     settings: dict[str, Any] = {
         "preparation_version": PREPARATION_VERSION,
         "val_fraction": val_fraction,
@@ -79,7 +84,7 @@ def prepare(
     }
     progress("fingerprint", 0, None)
     fingerprint = source.fingerprint()
-    identity = [FORMAT_VERSION, fingerprint, tokenizer.name, tokenizer.vocab_size, settings]
+    identity = [FORMAT_VERSION, fingerprint, tokenizer.digest, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
     root = Path(out_dir) if out_dir is not None else cache_root()
     directory = root / f"{source.name}-{tokenizer.name}-{digest}"
@@ -87,37 +92,50 @@ def prepare(
     with writing(directory):
         exists = directory.exists()
     if not exists:
-        _write(source, fingerprint, tokenizer, directory, settings, progress)
-    return TokenShards.open(directory)
+        _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
+    return open_prepared(directory)
+
+
+def open_prepared(directory: Path) -> TokenShards:
+    """``TokenShards.open``, but bytes that were checked before are not read again while their inodes are the same."""
+    shards = TokenShards.open(directory, verify="size")
+    files = [*shards.train.files, *shards.val.files]
+    found = RememberedDigests([file.path for file in files]).get()
+    if found != [file.info.sha256 for file in files]:
+        return TokenShards.open(directory)  # says which one, and what to do
+    return shards
 
 
 def _write(
     source: TextSource,
     fingerprint: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BpeTraining,
     directory: Path,
     settings: dict[str, Any],
+    num_workers: int | None,
     progress: Progress,
 ) -> None:
     assignment = splits.assign_sides(
         source, settings["val_fraction"], lambda done: progress("deduplicate and split", done, None)
     )
-    total = len(assignment.sides)
     described = {
         "name": source.name,
         "fingerprint": fingerprint,
-        "documents": total,
-        "sides": assignment.counts,
-        "undecodable": list(source.skipped),
+        "documents": len(assignment.sides),
+        "skipped": len(source.skipped),
+        "first_skipped": list(source.skipped[:_SKIPPED_LISTED]),
     }
-    folders = {Side.TRAIN: "train", Side.VAL: "val"}
+    if isinstance(tokenizer, BpeTraining):
+        tokenizer = tokenizer.train(_training_texts(source, assignment, progress))
+    workers = num_workers or max(1, min(usable_cores(), assignment.text_bytes // _BYTES_PER_WORKER))
     with write_shards(
         directory, tokenizer, source=described, settings=settings, shard_tokens=settings["shard_tokens"]
     ) as writer:
-        for done, (side, text) in enumerate(splits.labelled(source, assignment), start=1):
-            if side in folders:
-                writer.append(folders[side], text)
-            progress("tokenize", done, total)
+        counts = _encode(
+            source, assignment, DocumentEncoder(tokenizer, assignment.table), workers, writer, progress
+        )
+        splits.check_sides(counts, source.name, settings["val_fraction"])
+        described["sides"] = {side.name.lower(): counts[side] for side in Side}
         if source.fingerprint() != fingerprint:
             raise RuntimeError(
                 f"source {source.name!r} changed while it was being prepared, so nothing was kept; prepare again "
@@ -125,19 +143,30 @@ def _write(
             )
 
 
-@contextmanager
-def rich_progress() -> Iterator[Progress]:
-    """``with rich_progress() as progress: prepare(..., progress=progress)``: a bar a stage on the terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+def _training_texts(source: TextSource, assignment: Assignment, progress: Progress) -> Iterator[str]:
+    total = len(assignment.sides)
+    for done, (side, text) in enumerate(splits.labelled(source, assignment), start=1):
+        if assignment.table.settled(side, text) is Side.TRAIN:
+            yield text
+        progress("train the tokenizer", done, total)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns) as bar:
-        tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield update
+def _encode(
+    source: TextSource,
+    assignment: Assignment,
+    encoder: DocumentEncoder,
+    workers: int,
+    writer: ShardWriter,
+    progress: Progress,
+) -> Counter[Side]:
+    """Writes every document that stays; returns how many are on which side."""
+    counts: Counter[Side] = Counter()
+    batches = in_batches(splits.labelled(source, assignment))
+    with closing(map_in_order(encoder, batches, workers)) as encoded:
+        for batch in encoded:
+            for document in batch:
+                counts[document.side] += 1
+                if document.ids is not None:
+                    writer.append_tokens(_FOLDERS[document.side], document.ids, document.text_bytes)
+            progress("tokenize", counts.total(), len(assignment.sides))
+    return counts

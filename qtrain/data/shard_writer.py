@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.manifest import MANIFEST, SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
+from qtrain.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, ShardInfo, SplitInfo, token_dtype
 from qtrain.data.partial_folders import partial_folder, remove_stale
 from qtrain.data.tokenizers import Tokenizer
 
@@ -114,8 +114,11 @@ class ShardWriter:
         Raises ValueError when the tokenizer gives an id outside its vocabulary, which a narrow dtype would
         wrap into another token, and ShardWriteError where the disk is full.
         """
+        self.append_tokens(split, np.asarray(self.tokenizer.encode(text)), len(text.encode("utf-8")))
+
+    def append_tokens(self, split: str, ids: NDArray[Any], text_bytes: int) -> None:
+        """``append`` of a document that is encoded already. text_bytes: UTF-8 bytes of its text."""
         writer = self._splits[split]
-        ids = np.asarray(self.tokenizer.encode(text))
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.tokenizer.vocab_size):
             raise ValueError(
                 f"tokenizer {self.tokenizer.name!r} produced ids in [{ids.min()}, {ids.max()}], outside "
@@ -125,14 +128,13 @@ class ShardWriter:
             writer.write(ids)
             writer.write(self._eot)
         writer.documents += 1
-        writer.text_bytes += len(text.encode("utf-8"))
+        writer.text_bytes += text_bytes
 
     def finish(self, source: dict[str, Any], settings: dict[str, Any]) -> Manifest:
         for writer in self._splits.values():
             writer.close()
-        names = {key: getattr(self.tokenizer, key) for key in ("name", "vocab_size", "eot_token")}
         splits = {name: writer.info() for name, writer in self._splits.items()}
-        return Manifest(names, self.dtype.name, splits, source, settings)
+        return Manifest(self.tokenizer.about, self.dtype.name, splits, source, settings)
 
     def abandon(self) -> None:
         for writer in self._splits.values():
@@ -184,6 +186,7 @@ def write_shards(
         stack.callback(writer.abandon)
         yield writer
         with writing(directory):
+            tokenizer.save(partial / TOKENIZER)
             manifest = writer.finish(source or {}, settings or {})
             with (partial / MANIFEST).open("w", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(manifest), indent=1))

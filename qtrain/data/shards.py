@@ -18,10 +18,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import time
 import weakref
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +28,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Manifest, ShardInfo, SplitInfo, token_dtype
+from qtrain.data.file_stamps import FileStamp
+from qtrain.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    token_dtype,
+)
 from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriteError, write_shards
+from qtrain.data.tokenizers import Tokenizer, TokenizerError, load_tokenizer
 
 __all__ = [
     "DEFAULT_SHARD_TOKENS",
@@ -48,39 +58,10 @@ __all__ = [
 ]
 
 _HASHED_BYTES = 1 << 22
-# Time stamps may be this coarse (2 s on FAT, 4 ms in most kernels): one as young as that when it was recorded would
-# not show a change within the same tick.
-_TICK_NS = 2_000_000_000
 
 
 class ShardError(ValueError):
     """A shard directory that is missing, incomplete or altered."""
-
-
-@dataclass(frozen=True)
-class _Stamp:
-    """What a file's inode says when its bytes are checked; equal stamps mean equal bytes if ``settled``.
-
-    The system sets the change time itself, and to anything: a touch, a copy over it, a rename. So a stamp that
-    differs says "look again", and what the clock said in between (a jump, a date in the future) decides nothing.
-    """
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-    settled: bool = field(compare=False)
-
-    @staticmethod
-    def of(handle: int) -> _Stamp:
-        now, s = time.time_ns(), os.fstat(handle)
-        settled = abs(now - s.st_ctime_ns) > _TICK_NS
-        return _Stamp(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, settled)
-
-    def shows(self, other: _Stamp) -> bool:
-        """Whether a file stamped ``other`` has the bytes that it had at this stamp."""
-        return self.settled and self == other
 
 
 class _ShardFile:
@@ -93,7 +74,7 @@ class _ShardFile:
     def __init__(self, directory: Path, info: ShardInfo) -> None:
         self.path, self.info = directory / info.file, info
         self._handle: int | None = None
-        self._stamp: _Stamp | None = None
+        self._stamp: FileStamp | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
@@ -112,7 +93,7 @@ class _ShardFile:
                 remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
             raise ShardError(f"shard {self.path} cannot be opened: {error.strerror}; {remedy}") from error
         weakref.finalize(self, os.close, handle)
-        stamp = _Stamp.of(handle)
+        stamp = FileStamp.of(handle)
         if stamp.size != self.info.bytes:
             raise ShardError(
                 f"shard {self.path} is {stamp.size} bytes long, its manifest says {self.info.bytes} bytes; {remedy}"
@@ -158,7 +139,7 @@ class _ShardFile:
     def check_unchanged(self) -> None:
         """Raises ShardError where the bytes behind the descriptor are not those of the manifest any more."""
         handle = self._opened()
-        stamp = _Stamp.of(handle)
+        stamp = FileStamp.of(handle)
         if self._stamp is not None and self._stamp.shows(stamp):
             return
         if stamp.size != self.info.bytes or self._sha256(handle) != self.info.sha256:
@@ -245,6 +226,20 @@ class TokenShards:
             ShardSplit(directory, name, manifest.splits[name], manifest.dtype, manifest.vocab_size)
             for name in SPLITS
         )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the tokens, from their own folder. Raises ShardError where it was altered."""
+        try:
+            found = load_tokenizer(self.directory / TOKENIZER)
+        except TokenizerError as error:
+            raise ShardError(f"{error}; delete the folder {self.directory} and prepare again") from error
+        if found.digest != self.manifest.tokenizer["digest"]:
+            raise ShardError(
+                f"{self.directory / TOKENIZER} is not the tokenizer of the manifest beside it; delete the folder "
+                f"{self.directory} and prepare again"
+            )
+        return found
 
     @staticmethod
     def open(directory: str | Path, verify: Literal["sha256", "size"] = "sha256") -> TokenShards:

@@ -24,8 +24,8 @@ with prefix sums of a polynomial, a handful of vectorised passes over the bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -45,6 +45,10 @@ NEAR_DUPLICATE_SHARE = 0.5
 # such documents are shorter than about WINDOW_BYTES + 4 * SAMPLE_MODULUS bytes.
 MIN_SAMPLES = 4
 
+# Of a document's sha256, what is kept to find its exact duplicates: by chance, n documents hold a false one with
+# probability n^2 / 2^129
+_SEEN_BYTES = 16
+
 # Windows hashed at once: temporary arrays of 2 MB each, which stay in the cache of a core.
 _BLOCK = 1 << 18
 _BASE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, hence invertible modulo 2^64
@@ -62,10 +66,13 @@ class Side(IntEnum):
 
 @dataclass(frozen=True)
 class Assignment:
-    """``sides``: [D] int8, the ``Side`` of each document in the order of the source."""
+    """``sides``: [D] int8, the ``Side`` of each document in the order of the source, near-duplicates not yet told from
+    the training side. ``table``: of the validation documents, which tells them. ``text_bytes``: of all documents, up to
+    whitespace."""
 
     sides: NDArray[np.int8]
-    counts: dict[str, int] = field(default_factory=dict)
+    table: WindowTable
+    text_bytes: int
 
 
 def normalise(text: str) -> bytes:
@@ -107,7 +114,7 @@ def window_hashes(data: bytes) -> NDArray[np.uint64]:
     return np.unique(np.concatenate(sampled))
 
 
-class _WindowTable:
+class WindowTable:
     """Which validation documents contain which window."""
 
     def __init__(self, documents: list[NDArray[np.uint64]]) -> None:
@@ -116,6 +123,12 @@ class _WindowTable:
         owners = np.repeat(np.arange(len(documents)), self.sizes)
         order = np.argsort(hashes, kind="stable")
         self.hashes, self.owners = hashes[order], owners[order]
+
+    def settled(self, side: Side, text: str) -> Side:
+        """``side``, or NEAR_DUPLICATE where it is TRAIN and ``text`` nearly duplicates a validation document."""
+        if side is Side.TRAIN and self.has_near_duplicate(window_hashes(normalise(text))):
+            return Side.NEAR_DUPLICATE
+        return side
 
     def has_near_duplicate(self, windows: NDArray[np.uint64]) -> bool:
         """Whether a document of the table shares NEAR_DUPLICATE_SHARE of the smaller set with ``windows``."""
@@ -130,16 +143,26 @@ class _WindowTable:
         return bool(((smaller >= MIN_SAMPLES) & (shared >= NEAR_DUPLICATE_SHARE * smaller)).any())
 
 
-def _first_pass(
-    source: TextSource, val_fraction: float, report: Callable[[int], None]
-) -> tuple[list[Side], list[NDArray[np.uint64]]]:
+def assign_sides(
+    source: TextSource, val_fraction: float = 0.05, report: Callable[[int], None] = lambda done: None
+) -> Assignment:
+    """The side of every document of ``source``, near-duplicates aside; one pass over it.
+
+    ``val_fraction``: the expected share of DOCUMENTS on the validation side, in (0, 1); the share of bytes
+    varies with their sizes. Documents of whitespace alone count as exact duplicates (of the empty text).
+    ``report``: called with the number of documents done. Memory: about 100 bytes a document, and twice the bytes of the
+    validation texts. Raises ValueError on a fraction outside (0, 1) and when a side would be empty.
+    """
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction {val_fraction} must lie strictly between 0 and 1, for example 0.05")
     threshold = int(val_fraction * 2.0**64)
     seen: set[bytes] = set()
-    sides: list[Side] = []
+    sides = bytearray()
     validation: list[NDArray[np.uint64]] = []
+    text_bytes = 0
     for document in source.documents():
         data = normalise(document.text)
-        digest = hashlib.sha256(data).digest()
+        digest = hashlib.sha256(data).digest()[:_SEEN_BYTES]
         if digest in seen or not data:
             sides.append(Side.EXACT_DUPLICATE)
         elif int.from_bytes(digest[:8], "little") < threshold:
@@ -148,41 +171,31 @@ def _first_pass(
         else:
             sides.append(Side.TRAIN)
         seen.add(digest)
+        text_bytes += len(data)
         report(len(sides))
-    return sides, validation
+    found = np.frombuffer(bytes(sides), dtype=np.int8)
+    counts = {side: int((found == side).sum()) for side in Side}
+    check_sides(counts, source.name, val_fraction)
+    return Assignment(found, WindowTable(validation), text_bytes)
 
 
-def assign_sides(
-    source: TextSource, val_fraction: float = 0.05, report: Callable[[int], None] = lambda done: None
-) -> Assignment:
-    """The side of every document of ``source``; two passes over it.
-
-    ``val_fraction``: the expected share of DOCUMENTS on the validation side, in (0, 1); the share of bytes
-    varies with their sizes. Documents of whitespace alone count as exact duplicates (of the empty text).
-    ``report``: called with the number of documents done, twice from 1 upwards.
-    Raises ValueError on a fraction outside (0, 1) and when a side would be empty.
-    """
-    if not 0.0 < val_fraction < 1.0:
-        raise ValueError(f"val_fraction {val_fraction} must lie strictly between 0 and 1, for example 0.05")
-    sides, validation = _first_pass(source, val_fraction, report)
-    table = _WindowTable(validation)
-    for i, document in enumerate(source.documents()):
-        if sides[i] is Side.TRAIN and table.has_near_duplicate(window_hashes(normalise(document.text))):
-            sides[i] = Side.NEAR_DUPLICATE
-        report(i + 1)
-    counts = {side.name.lower(): sides.count(side) for side in Side}
+def check_sides(counts: Mapping[Side, int], name: str, val_fraction: float) -> None:
+    """Raises ValueError where the train or the validation side of source ``name`` has no document."""
     for side in (Side.TRAIN, Side.VAL):
-        if counts[side.name.lower()] == 0:
+        if counts[side] == 0:
+            shown = {s.name.lower(): n for s, n in counts.items()}
             raise ValueError(
-                f"the {side.name.lower()} split of source {source.name!r} is empty ({counts}, val_fraction "
-                f"{val_fraction}); give more documents (a single large file can be cut into documents with "
+                f"the {side.name.lower()} split of source {name!r} is empty ({shown}, val_fraction {val_fraction}); give "
+                "more documents (a single large file can be cut into documents with "
                 "TextFilesSource(separator=...)) or another val_fraction"
             )
-    return Assignment(np.array(sides, dtype=np.int8), counts)
 
 
 def labelled(source: TextSource, assignment: Assignment) -> Iterator[tuple[Side, str]]:
-    """(side, text) of each document in order. Raises RuntimeError when the source changed in between."""
+    """(side, text) of each document in order, near-duplicates still on the training side (``WindowTable.settled``).
+
+    Raises RuntimeError when the source changed in between.
+    """
     count = 0
     for count, document in enumerate(source.documents(), start=1):
         if count > len(assignment.sides):

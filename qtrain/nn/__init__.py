@@ -8,7 +8,7 @@ census.check()
 from .census import Census, CensusError, take_census
 from .clock import Clock
 from .compiled import CompiledComparison, compare_compiled
-from .linear import QuantizedLinear
+from .linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
 from .surgery import LayerReport, SurgeryReport, apply_recipe
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "Clock",
     "CompiledComparison",
     "LayerReport",
+    "QuantizedConv1D",
+    "QuantizedLayer",
     "QuantizedLinear",
     "SurgeryReport",
     "apply_recipe",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import QuantizedLinear
+from .linear import QuantizedLayer
 from .observation import Observation, missing, observe_layer
 from .probe import LayerProbe, Watch
 from .surgery import SurgeryReport
@@ -148,7 +148,7 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
     for layer in report.layers:
         module = layers.get(layer.name)
         if layer.recipe is None:
-            if isinstance(module, QuantizedLinear) and module.recipe.quantizes:
+            if isinstance(module, QuantizedLayer) and module.recipe.quantizes:
                 observations.append(missing(layer.name, "is configured as high precision and was quantized"))
         elif layer.name not in probes:
             near = next((n for n in layers if n.endswith(f".{layer.name}")), "")

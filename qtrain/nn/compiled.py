@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from qtrain.quant import LinearRecipe
 
 from .census import CensusError, gradients_of_probe, named_layers
-from .linear import QuantizedLinear
+from .linear import QuantizedLayer
 from .surgery import SurgeryReport
 
 MIN_GAIN, MAX_GAIN = 0.5, 1.5
@@ -116,7 +116,7 @@ def compare_compiled(
     """Run ``probe(model) -> scalar loss`` three times: as it is (compiled), eagerly, and eagerly with the recipes
     taken off. Parameters, gradients, random state, clock and recipes are left as they were."""
     modules = named_layers(model)
-    layers = {n: m for n in report.plan if isinstance(m := modules.get(n), QuantizedLinear)}
+    layers = {n: m for n in report.plan if isinstance(m := modules.get(n), QuantizedLayer)}
     kept = report.clock.counters.clone()
 
     def gradients() -> tuple[float, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""QuantizedLinear: an nn.Linear whose three GEMMs follow a LinearRecipe.
+"""QuantizedLinear: an nn.Linear (and QuantizedConv1D: a Conv1D) whose three GEMMs follow a LinearRecipe.
 
     fprop  y  = Q(x H) . Q(W H)^T + b        H the transform of the GEMM, if any
     dgrad  dx = H^T ( M_x * Q(g) . Q(W) )    M the masks of the forward's estimators,
@@ -13,6 +13,7 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -35,48 +36,57 @@ from .clock import Clock, Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
 
 
-class QuantizedLinear(nn.Linear):
-    """An nn.Linear with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
-    names its random bits."""
+class QuantizedLayer(nn.Module):
+    """A linear layer with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
+    names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O]."""
 
+    stores_transposed = False
+    weight: Tensor
+    bias: Any  # a parameter, or None
     recipe: LinearRecipe
     clock: Clock
     name: str
     stream: int
+    plain: type[nn.Module]
 
     @staticmethod
-    def check(linear: nn.Linear, recipe: LinearRecipe, name: str) -> None:
-        """Raises TypeError for a subclass of nn.Linear, whose own forward would be lost, and ValueError for a
-        transform that does not divide the layer's widths."""
-        if type(linear) not in (nn.Linear, QuantizedLinear):
+    def check(layer: nn.Module, recipe: LinearRecipe, name: str) -> None:
+        """Raises TypeError for a subclass of nn.Linear or Conv1D, whose own forward would be lost, and ValueError
+        for a transform that does not divide the layer's widths."""
+        if not isinstance(layer, QuantizedLayer) and type(layer) not in (nn.Linear, conv1d_class()):
             raise TypeError(
-                f"{name} is a {type(linear).__name__}, whose own forward a conversion would lose; only nn.Linear "
-                f"is converted: add {name!r} to the recipe's exclude"
+                f"{name} is a {type(layer).__name__}, whose own forward a conversion would lose; only nn.Linear and "
+                f"Hugging Face's Conv1D are converted: add {name!r} to the recipe's exclude"
             )
-        for gemm, contraction in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
+        out_features, in_features = k_major(layer).shape
+        for gemm, contraction in (("fprop", in_features), ("dgrad", out_features)):
             transform = getattr(recipe, gemm).transform
             if transform is not None:
                 transform.check(contraction, f"{name} ({gemm})")
 
     @staticmethod
-    def convert(linear: nn.Linear, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLinear:
-        """Turn ``linear`` itself into a QuantizedLinear: parameters, hooks and every reference to it survive.
-        Raises as ``check`` does."""
-        QuantizedLinear.check(linear, recipe, name)
-        linear.__class__ = QuantizedLinear
-        assert isinstance(linear, QuantizedLinear)
-        linear.recipe, linear.clock, linear.name = recipe, clock, name
-        linear.stream = stream_id(name)
-        clock.follow(linear.weight.device)
-        return linear
+    def convert(layer: nn.Module, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLayer:
+        """Turn ``layer`` itself into a quantized one: parameters, hooks and every reference to it survive. Raises as
+        ``check`` does."""
+        QuantizedLayer.check(layer, recipe, name)
+        if not isinstance(layer, QuantizedLayer):
+            plain = type(layer)
+            layer.__class__ = QuantizedLinear if plain is nn.Linear else QuantizedConv1D
+            assert isinstance(layer, QuantizedLayer)
+            layer.plain = plain
+        layer.recipe, layer.clock, layer.name = recipe, clock, name
+        layer.stream = stream_id(name)
+        clock.follow(layer.weight.device)
+        return layer
 
     def revert(self) -> None:
-        """Back to a plain nn.Linear, in place."""
-        for attribute in ("recipe", "clock", "name", "stream"):
+        """Back to the plain layer, in place."""
+        plain = self.plain
+        for attribute in ("recipe", "clock", "name", "stream", "plain"):
             delattr(self, attribute)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = plain  # type: ignore[assignment]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         super()._apply(fn, recurse)
         self.clock.follow(self.weight.device)
         return self
@@ -90,7 +100,7 @@ class QuantizedLinear(nn.Linear):
         range the products of codes leave, and ValueError for a number of tokens that the transform of wgrad does
         not divide."""
         if not self.recipe.quantizes:
-            return super().forward(input)
+            return self.plain.forward(self, input)
         device = input.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
@@ -100,13 +110,39 @@ class QuantizedLinear(nn.Linear):
             )
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         if trains and self.recipe.wgrad.transform is not None:
-            tokens = input.numel() // self.in_features
+            tokens = input.numel() // input.shape[-1]
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
         return _QuantizedLinear.apply(
-            input, self.weight, self.bias, counters, self.recipe, stream, dtype, trains
+            input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains
         )
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """An nn.Linear with a recipe."""
+
+
+class QuantizedConv1D(QuantizedLayer):
+    """A Conv1D of Hugging Face's GPT-2 with a recipe. Its weight stays stored as [I, O]; specs refer to [O, I], as
+    those of an nn.Linear do."""
+
+    stores_transposed = True
+
+
+def conv1d_class() -> type[nn.Module] | None:
+    """Conv1D of Hugging Face, if somebody has imported it: a model that has one has."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def k_major(layer: nn.Module, matrix: Tensor | None = None) -> Tensor:
+    """The weight of a linear layer, or a tensor of its shape such as the gradient, as GEMMs read it: [O, I], a view of
+    what is stored."""
+    stored = layer.weight if matrix is None else matrix
+    assert isinstance(stored, Tensor)
+    if isinstance(layer, QuantizedLayer):
+        return stored.t() if layer.stores_transposed else stored
+    return stored if isinstance(layer, nn.Linear) else stored.t()
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -128,7 +164,9 @@ class _QuantizedLinear(torch.autograd.Function):
             gemms = _Gemms(recipe, Draws(counters, stream), dtype)
             x2 = x.reshape(-1, x.shape[-1])
             xq, x_entered = gemms.forward_operand(x2, "input")
-            wq, w_entered = gemms.forward_operand(weight, "weight")
+            wq, w_entered = gemms.forward_operand(
+                weight.contiguous(), "weight"
+            )  # [I, O] storage: the same sums
             y = quantized_gemm(x_entered, w_entered, dtype, bias)
             reused_w = w_entered if recipe.dgrad.weight == "fprop" else (None, None)
             kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 5
@@ -243,7 +281,7 @@ class _Gemms:
         if reuse:
             w, fold = enter_transposed(w_entered, fold=self.recipe.dgrad.grad_output is not None)
         else:
-            w_view = self._transformed(weight.t(), "dgrad")
+            w_view = self._transformed(weight.contiguous().t(), "dgrad")
             w = self._entered(
                 w_view, self._quantized(w_view, "dgrad.weight", stored_transposed=True), "dgrad.weight"
             )

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from qtrain_kernels.counter_hash import stream_id
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtrain.quant import LinearRecipe, QuantSpec
 
 from .clock import Draws
-from .linear import QuantizedLinear
+from .linear import QuantizedLayer
 from .oracle import OracleGemm, OracleOperand, linear_oracle
 from .probe import Call, LayerProbe, Product
 
@@ -248,14 +248,14 @@ def missing(layer: str, what: str) -> Observation:
 def observe_layer(name: str, recipe: LinearRecipe, probe: LayerProbe) -> list[Observation]:
     """Every passage through the layer that is called ``name`` and must follow ``recipe``."""
     layer = probe.layer
-    if not isinstance(layer, QuantizedLinear):
+    if not isinstance(layer, QuantizedLayer):
         return [missing(name, "is no QuantizedLinear")]
     if not any("g" in call.edges for call in probe.calls):
         return [missing(name, "did not run forward and backward")]
     return [o for call in probe.calls if "y" in call.edges for o in _observe_call(name, layer, recipe, call)]
 
 
-def _observe_call(name: str, layer: nn.Linear, recipe: LinearRecipe, call: Call) -> list[Observation]:
+def _observe_call(name: str, layer: QuantizedLayer, recipe: LinearRecipe, call: Call) -> list[Observation]:
     x, weight, y, g = (call.matrix(edge) for edge in ("x", "weight", "y", "g"))
     assert x is not None
     assert weight is not None

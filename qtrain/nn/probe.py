@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .linear import k_major
+
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
 
@@ -105,7 +107,8 @@ class LayerProbe:
         for name, gradient in (("weight", "dW"), ("bias", "db")):
             parameter = module._parameters.get(name)
             if parameter is not None:
-                call.edges[name] = parameter.detach().clone()
+                kept = parameter.detach().clone()
+                call.edges[name] = k_major(module, kept) if name == "weight" else kept
                 module._parameters[name] = self._alias(call, parameter, gradient)  # type: ignore[assignment]
         entering[key] = self._alias(call, x, "dx")
         self.watch.start(call.forward)
@@ -134,7 +137,8 @@ class LayerProbe:
     def _leave_backward(self, call: Call, name: str, grad: Tensor | None) -> None:
         self.watch.stop(call.backward)
         if grad is not None:
-            call.edges[name] = grad.detach().clone()
+            kept = grad.detach().clone()
+            call.edges[name] = k_major(self.layer, kept) if name == "dW" else kept
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -11,33 +11,36 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 from .clock import Clock
-from .linear import QuantizedLinear
+from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
+from .linear import QuantizedLayer, k_major
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision)."""
+    """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision). Or a
+    matrix outside of linear layers, of any shape and always in high precision."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     recipe: LinearRecipe | None
 
     @property
     def parameters(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class SurgeryReport:
     """What ``apply_recipe`` did. ``clock``: shared by the quantized layers, to be set before each forward of a
-    stochastic recipe. ``layers``: every linear layer, in the model's order."""
+    stochastic recipe. ``layers``: every linear layer, in the model's order, then what lies outside of them."""
 
     clock: Clock
     layers: tuple[LayerReport, ...]
@@ -49,7 +52,8 @@ class SurgeryReport:
 
     @property
     def quantized_fraction(self) -> float:
-        """Share of the linear layers' weights, and so of their FLOPs, that follow a recipe."""
+        """Share of the linear layers' weights, and so of their FLOPs, that follow a recipe; matrices outside of them
+        (experts, convolutions) count as weights that do not."""
         total = sum(layer.parameters for layer in self.layers)
         return sum(x.parameters for x in self.layers if x.recipe is not None) / total if total else 0.0
 
@@ -74,7 +78,7 @@ class SurgeryReport:
         for column in ("layer", "out x in", "fprop x | W", "dgrad g | W", "wgrad g | x", "saved"):
             table.add_column(column, overflow="fold")
         for layer in self.layers:
-            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            shape = " x ".join(map(str, layer.shape))
             if layer.recipe is None:
                 table.add_row(layer.name, shape, *["high precision"] * 3, "")
                 continue
@@ -96,11 +100,6 @@ class SurgeryReport:
         return out.getvalue()
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear of the model by its (first) dotted name, subclasses included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
 def check_patterns(recipe: ModelRecipe, names: list[str]) -> None:
     """Raises ValueError for a rule or an exclusion that matches no layer: it was meant for something."""
     for pattern in recipe.patterns():
@@ -113,30 +112,59 @@ def check_patterns(recipe: ModelRecipe, names: list[str]) -> None:
             )
 
 
+def _check_layers(model: nn.Module, recipe: ModelRecipe, linears: dict[str, nn.Module]) -> None:
+    refused = {
+        n: why for n, layer in linears.items() if recipe.for_layer(n) and (why := why_not(model, n, layer))
+    }
+    if refused:
+        name, why = next(iter(refused.items()))
+        others = f" ({len(refused) - 1} others are refused too)" if len(refused) > 1 else ""
+        raise TypeError(
+            f"{name} {why}{others}; only plain nn.Linear and Conv1D layers are converted: add {name!r} to the recipe's "
+            f"exclude to leave it as it is; all of them: exclude={as_patterns(list(refused))}"
+        )
+    for name, layer in linears.items():
+        if (layer_recipe := recipe.for_layer(name)) is not None:
+            QuantizedLayer.check(layer, layer_recipe, name)
+
+
+def _check_outside(recipe: ModelRecipe, outside: dict[str, Tensor]) -> None:
+    covered = [name for name in outside if recipe.for_layer(name) is not None]
+    if covered:
+        shown = ", ".join(f"{name} [{' x '.join(map(str, outside[name].shape))}]" for name in covered[:4])
+        more = f" and {len(covered) - 4} more" if len(covered) > 4 else ""
+        raise ValueError(
+            f"the recipe covers matrices outside of linear layers, which surgery cannot quantize: {shown}{more} (fused "
+            "experts, routers, convolutions, tables). To go on with them in high precision, say so: add to the recipe's "
+            f"exclude {', '.join(map(repr, as_patterns(covered)))}"
+        )
+
+
 def apply_recipe(model: nn.Module, recipe: ModelRecipe, *, seed: int = 0) -> SurgeryReport:
     """Convert the linear layers of ``model`` in place; a second call with another recipe replaces the first.
 
     seed: of the random bits of stochastic recipes. Raises ValueError for a pattern that matches nothing, a
-    transform that does not divide a layer's widths, or a model without linear layers; TypeError for a subclass of
-    nn.Linear under a recipe. Nothing is changed when it raises.
+    transform that does not divide a layer's widths, a model without linear layers, a model that was loaded quantized,
+    or a matrix outside of linear layers that the recipe covers (``inventory``); TypeError for a linear layer that
+    cannot be converted and is not excluded: a subclass, a parametrized or adapted one. Nothing is changed when it
+    raises.
     """
-    linears = linear_layers(model)
+    linears, outside = linear_layers(model), outside_matrices(model)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to quantize")
-    check_patterns(recipe, list(linears))
+    check_patterns(recipe, [*linears, *outside])
     plan = {name: recipe.for_layer(name) for name in linears}
-    for name, layer_recipe in plan.items():
-        if layer_recipe is not None:
-            QuantizedLinear.check(linears[name], layer_recipe, name)
+    if any(plan.values()):
+        check_not_quantized(model)
+    _check_layers(model, recipe, linears)
+    _check_outside(recipe, outside)
     clock = Clock(seed)
-    for name, linear in linears.items():
+    for name, layer in linears.items():
         layer_recipe = plan[name]
         if layer_recipe is not None:
-            QuantizedLinear.convert(linear, layer_recipe, name=name, clock=clock)
-        elif isinstance(linear, QuantizedLinear):
-            linear.revert()
-    layers = tuple(
-        LayerReport(name, (linear.out_features, linear.in_features), plan[name])
-        for name, linear in linears.items()
-    )
-    return SurgeryReport(clock, layers)
+            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock)
+        elif isinstance(layer, QuantizedLayer):
+            layer.revert()
+    layers = [LayerReport(name, tuple(k_major(layer).shape), plan[name]) for name, layer in linears.items()]
+    layers += [LayerReport(name, tuple(matrix.shape), None) for name, matrix in outside.items()]
+    return SurgeryReport(clock, tuple(layers))

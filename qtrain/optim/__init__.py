@@ -6,16 +6,21 @@ scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, CosineSchedule(warmup_s
 """
 
 from .adamw import AdamW
+from .bnb import BnbAdamW, BnbLion
 from .groups import parameter_groups
 from .schedules import ConstantSchedule, CosineSchedule, WSDSchedule
 from .sharding import check_shardable
 from .states import AdamStateRecipe
+from .torch_adamw import TorchAdamW
 
 __all__ = [
     "AdamStateRecipe",
     "AdamW",
+    "BnbAdamW",
+    "BnbLion",
     "ConstantSchedule",
     "CosineSchedule",
+    "TorchAdamW",
     "WSDSchedule",
     "check_shardable",
     "parameter_groups",

@@ -16,7 +16,7 @@ from torch import Tensor
 from qtrain.quant import QuantSpec
 
 from .sharding import local, row_shard
-from .states import StateLayout, held_by_rows
+from .states import StateLayout, described, held_by_rows
 
 Named = tuple[str, Tensor, tuple[StateLayout, StateLayout]]  # layouts of the whole parameter
 ELSEWHERE = (
@@ -68,21 +68,22 @@ def matched_groups(
 
 
 def _stored_format(kind: str, held: Mapping[str, Any], group: Mapping[str, Any]) -> str:
-    """What the checkpoint holds of a moment, for messages and comparison: ``float32`` or its spec."""
-    if f"{kind}.codes" not in held:
+    """What the checkpoint holds of a moment, as ``StateLayout.describe`` says it."""
+    packed = f"{kind}.codes" in held
+    if not packed and f"{kind}.dequantized" not in held:
         return "float32"
     formats: Mapping[str, Any] = group.get("states", {})
     fields = formats.get(kind)
-    return "codes of an unnamed format" if fields is None else repr(QuantSpec(**fields))
+    return "codes of an unnamed format" if fields is None else described(QuantSpec(**fields), packed)
 
 
 def _check(name: str, layout: StateLayout, held: Mapping[str, Any], group: Mapping[str, Any]) -> None:
     expected, stored = layout.expected(), _stored_format(layout.kind, held, group)
-    wanted = "float32" if layout.spec is None else repr(layout.spec)
+    wanted = layout.describe()
     if stored != wanted:
         raise ValueError(
             f"{name}: the checkpoint stores {layout.kind} as {stored}, this optimizer keeps it as {wanted}; resume with "
-            "the states (formats, min_numel, quantize_states) of the checkpoint, or start from its weights alone"
+            "the states (formats, min_numel, packed, quantize_states) of the checkpoint, or start from its weights alone"
         )
     found = {key: t for key, t in held.items() if key.split(".")[0] == layout.kind}
     if set(found) != set(expected):

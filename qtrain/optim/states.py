@@ -90,6 +90,8 @@ class AdamStateRecipe:
     use and whose zero bin breaks training (arXiv 2407.11722); ``uint8`` and ``uint4`` are linear
     with zero, ``linear4_nozero`` without (arXiv 2309.01507). Rounding may be stochastic.
     min_numel: parameters with fewer elements stay float32.
+    packed: False keeps the same numbers dequantized, in float32, as papers that only simulate quantized states do
+    (arXiv 2407.11722 among them): the training is the same bit for bit, and no memory is saved.
 
     Raises ValueError as ``state_spec`` does.
     """
@@ -97,6 +99,7 @@ class AdamStateRecipe:
     exp_avg: QuantSpec | str | Mapping[str, Any] | None = None
     exp_avg_sq: QuantSpec | str | Mapping[str, Any] | None = None
     min_numel: int = 4096
+    packed: bool = True
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -105,6 +108,8 @@ class AdamStateRecipe:
             raise ValueError(
                 f"min_numel={self.min_numel!r}: must be a whole number of elements, 0 or more; 4096 is usual"
             )
+        if not isinstance(self.packed, bool):
+            raise ValueError(f"packed={self.packed!r}: true stores codes, false their float32 values")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers; ``AdamStateRecipe(**recipe.as_dict()) == recipe``."""
@@ -112,6 +117,7 @@ class AdamStateRecipe:
         return {
             **{kind: None if s is None else asdict(s) for kind, s in specs.items()},
             "min_numel": self.min_numel,
+            "packed": self.packed,
         }
 
     def layout(self, kind: str, shape: tuple[int, ...], quantize_states: bool = True) -> StateLayout:
@@ -119,12 +125,12 @@ class AdamStateRecipe:
         spec: QuantSpec | None = getattr(self, kind)
         if not quantize_states or len(shape) < 2 or math.prod(shape) < max(self.min_numel, 1):
             spec = None
-        return _layout(kind, tuple(shape), spec)
+        return _layout(kind, tuple(shape), spec, self.packed)
 
 
 @cache
-def _layout(kind: str, shape: tuple[int, ...], spec: QuantSpec | None) -> StateLayout:
-    return StateLayout(kind, shape, spec)
+def _layout(kind: str, shape: tuple[int, ...], spec: QuantSpec | None, packed: bool) -> StateLayout:
+    return StateLayout(kind, shape, spec, packed)
 
 
 @dataclass(frozen=True)
@@ -132,16 +138,18 @@ class StateLayout:
     """One moment of one parameter: what tensors hold it, and the way in and out.
 
     kind: "exp_avg" or "exp_avg_sq". shape: the parameter's, or that of a shard's rows (``of_rows``). spec: None for
-    float32.
+    float32. packed: see AdamStateRecipe.
 
     The tensors lie in ``optimizer.state[p]``, as plain tensors under plain names: ``exp_avg`` (float32, the
     parameter's shape), or ``exp_avg.codes`` (uint8, [F, packed bytes]), ``exp_avg.scale`` ([F, nc] or [1, 1]) and,
-    where the spec has them, ``exp_avg.zero_point`` and ``exp_avg.tensor_scale``.
+    where the spec has them, ``exp_avg.zero_point`` and ``exp_avg.tensor_scale``; unpacked ``exp_avg.dequantized``
+    (float32, the parameter's shape).
     """
 
     kind: str
     shape: tuple[int, ...]
     spec: QuantSpec | None
+    packed: bool = True
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -156,7 +164,7 @@ class StateLayout:
     @cached_property
     def _stored(self) -> QuantSpec:
         """The spec, with ``row`` for blocks as long as a row or longer: the same numbers without padding."""
-        assert self.spec is not None
+        assert self.spec is not None, "a float32 state has no blocks"
         columns = self.spec.blocks.columns
         whole_row = columns is not None and columns >= self.matrix[1]
         return replace(self.spec, granularity="row") if whole_row else self.spec
@@ -164,19 +172,25 @@ class StateLayout:
     @cached_property
     def _zero_row(self) -> dict[str, Tensor]:
         row = quantize(torch.zeros(1, self.matrix[1]), codec.without_noise(self._stored))
+        if not self.packed:
+            return {self._dequantized: codec.decode(row).reshape(1, *self.shape[1:])}
         return {f"{self.kind}.{part}": t for part, t in row.tensors().items()}
+
+    @property
+    def _dequantized(self) -> str:
+        return f"{self.kind}.dequantized"
 
     def cut_by_rows(self, key: str) -> bool:
         """Whether this tensor has the parameter's dim 0, so that a shard holds its rows; else all rows share it."""
         if self.spec is None:
             return bool(self.shape)
-        return key.endswith(".codes") or not (
+        return key.endswith((".codes", ".dequantized")) or not (
             key.endswith(".tensor_scale") or self._stored.blocks.rows is None
         )
 
     def of_rows(self, count: int) -> StateLayout:
         """The layout of so many of the parameter's rows; what is quantized was decided by the whole shape."""
-        return _layout(self.kind, (count, *self.shape[1:]), self.spec) if self.shape else self
+        return _layout(self.kind, (count, *self.shape[1:]), self.spec, self.packed) if self.shape else self
 
     def check_sharded(self, name: str) -> None:
         """Raises ValueError, naming the parameter, where a shard could not hold exactly what one process would.
@@ -218,6 +232,8 @@ class StateLayout:
         """These rows of the moment: the stored float32 itself (a view), or decoded into [n, *shape[1:]]."""
         if self.spec is None:
             return held[self.kind][rows]
+        if not self.packed:
+            return held[self._dequantized][rows]
         parts = {
             part: t[rows] if self.cut_by_rows(key) else t
             for part in ("codes", "scale", "zero_point", "tensor_scale")
@@ -260,6 +276,9 @@ class StateLayout:
             matrix = _with_extremes(matrix, over_shards)
             noise = None if noise is None else torch.nn.functional.pad(noise, (0, 0, 0, 2))
         q = codec.encode(matrix, self._stored, noise)
+        if not self.packed:
+            held[self._dequantized][rows].copy_(codec.decode(q)[:count].reshape(values.shape))
+            return
         for part, t in q.tensors().items():
             key = f"{self.kind}.{part}"
             if self.cut_by_rows(key):
@@ -268,8 +287,13 @@ class StateLayout:
                 held[key].copy_(t)
 
     def describe(self) -> str:
-        """For messages: ``float32``, or the spec."""
-        return "float32" if self.spec is None else str(self.spec)
+        """For messages, and to compare with a checkpoint: ``float32``, or the spec and how it is held."""
+        return "float32" if self.spec is None else described(self.spec, self.packed)
+
+
+def described(spec: QuantSpec, packed: bool) -> str:
+    """All fields of a moment's spec, and how its numbers are held."""
+    return repr(spec) if packed else f"{spec!r}, dequantized"
 
 
 def held_by_rows(layouts: Iterable[StateLayout]) -> dict[str, bool]:

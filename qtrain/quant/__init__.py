@@ -20,12 +20,13 @@ from .qtensor import (
 from .recipe import DgradRecipe, FpropRecipe, LinearRecipe, ModelRecipe, Operand, Rule, WgradRecipe
 from .spec import QuantSpec
 from .ste import fake_quantize
-from .transforms import Transform
+from .transforms import Hadamard, Transform
 
 __all__ = [
     "DgradRecipe",
     "FpropRecipe",
     "Granularity",
+    "Hadamard",
     "LinearRecipe",
     "ModelRecipe",
     "NumberFormat",

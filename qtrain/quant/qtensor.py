@@ -10,6 +10,7 @@ amax, scale = amax / max, v = x * (1 / scale) (one division a block, the same bi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from . import ranges
 from .formats.floating import E4M3
+from .packing import pack, unpack
 from .spec import QuantSpec
 
 F, K = 0, 1  # axes of the K-major view
@@ -42,7 +44,8 @@ class Quantized(NamedTuple):
 
 
 def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """(lo, hi) a block, [nr, 1, nc, 1]; symmetric ranges have lo = -hi. MSE is left to the caller."""
+    """(lo, hi) a block, [nr, 1, nc, 1]; symmetric ranges have lo = -hi. What searches the grid is left to the
+    caller."""
     kind, value = spec.clip_kind_and_value
     if spec.symmetric:
         hi = amax = ranges.absmax(blocks)
@@ -50,6 +53,12 @@ def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tens
             hi = ranges.rank_from_top(blocks.abs(), spec.blocks.counts(shape, blocks.device), value)
         elif kind == "rms":
             hi = ranges.root_mean_square(blocks, spec.blocks.counts(shape, blocks.device)) * value
+        elif kind == "absmean":
+            hi = ranges.mean_magnitude(blocks, spec.blocks.counts(shape, blocks.device)) * value
+        elif kind == "fixed":
+            hi = torch.full_like(amax, value)
+        elif kind == "plugin":
+            hi = spec.clip_function(blocks, spec.blocks.counts(shape, blocks.device))
         if hi is not amax:
             hi = torch.where(torch.isfinite(amax), hi, amax)
         return -hi, hi
@@ -65,27 +74,34 @@ def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tens
     return lo, hi
 
 
-def _scale(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Range -> (scale, block scale as stored, tensor scale, zero point)."""
+def _scale(lo: Tensor, hi: Tensor, spec: QuantSpec, largest: Tensor) -> tuple[Tensor, ...]:
+    """Range -> (scale, block scale as stored, tensor scale, zero point), the last two None where there are none.
+    largest: 0-d, the end of the widest range, which a tensor scale is made of."""
     grid = spec.number_format
     # A tensor divisor: CUDA's division by a Python scalar multiplies by its reciprocal, one unit in the last place off
     width = torch.full_like(hi, grid.max)
     if not spec.symmetric:
         scale = torch.clamp((hi - lo) / width, min=spec.min_scale)
         zero_point = torch.clamp(torch.round(-lo * (1.0 / scale)), 0.0, grid.max)
-        return scale, scale, None, torch.nan_to_num(zero_point, nan=0.0)
+        return scale, scale, None, torch.nan_to_num(zero_point, nan=0.0)  # type: ignore[return-value]
     scale = torch.clamp(hi / width, min=spec.min_scale)
     # An infinite scale would be saturated by e4m3, and times a level other than zero is not NaN
     scale = torch.where(torch.isfinite(scale), scale, torch.nan)
-    if spec.scale_format in ("e8m0", "e8m0_ceil"):
+    stored = tensor_scale = None
+    if spec.scale_format.startswith("e8m0"):
         amax = torch.clamp(hi, min=spec.min_scale * grid.max)
-        scale = ranges.e8m0(scale, amax, grid, ceil=spec.scale_format == "e8m0_ceil")
+        scale = stored = ranges.e8m0(scale, amax, grid, spec.scale_format)
+        if spec.scale_format == "e8m0_prescale":
+            scale = stored * (1.0 / ranges.prescale(grid))
     elif spec.tensor_scale:
-        stored, tensor_scale = ranges.e4m3_under_tensor_scale(scale)
-        return stored * tensor_scale, stored, tensor_scale, None
+        top = ranges.FOUR_SIX_TOP if spec.clip == "four_six" else E4M3.max
+        largest = torch.clamp(largest / width.flatten()[0], min=spec.min_scale)
+        largest = torch.where(torch.isfinite(largest), largest, torch.nan)
+        stored, tensor_scale = ranges.e4m3_under_tensor_scale(scale, largest, top)
+        scale = stored * tensor_scale
     elif spec.scale_format == "e4m3":
         scale = torch.clamp(E4M3.round(scale), min=2.0**-9)
-    return scale, scale, None, None
+    return scale, scale if stored is None else stored, tensor_scale, None  # type: ignore[return-value]
 
 
 def _round_blocks(
@@ -99,15 +115,32 @@ def _round_blocks(
 
 
 def _inside(v: Tensor, values: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    grid = spec.number_format
     if spec.estimator == "ste":
         return None
     if spec.estimator == "trust":
-        return (values - v).abs() <= spec.number_format.widest_gap / 2
+        return (values - v).abs() <= grid.widest_gap / 2
+    if spec.estimator_function is not None:
+        return spec.estimator_function(v, values)
     # v = x * (1 / scale) of the extreme element itself may exceed the end of the grid by rounding
-    slack = 2.0**-20 * spec.number_format.max
-    low, high = spec.number_format.min - slack, spec.number_format.max + slack
+    slack = 2.0**-20 * grid.max + (grid.widest_gap / 2 if spec.estimator == "seq" else 0.0)
     shifted = v if zero_point is None else v + zero_point
-    return (shifted >= low) & (shifted <= high)
+    return (shifted >= grid.min - slack) & (shifted <= grid.max + slack)
+
+
+def _at_ratio(
+    blocks: Tensor, x: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec
+) -> Callable[[float], Tensor]:
+    """What becomes of the blocks of x when their ranges are multiplied by a ratio."""
+    true = spec.blocks.blocks(torch.ones_like(x, dtype=torch.float32)) > 0
+    fixed = spec.clip == "four_six"  # the tensor scale is that of ratio 1
+
+    def round_at(ratio: float) -> Tensor:
+        scale, _, _, zero = _scale(lo * ratio, hi * ratio, spec, hi.amax() * (1.0 if fixed else ratio))
+        rounded = _round_blocks(blocks, scale, zero, spec, None)[1] * scale
+        return torch.where(true, rounded, blocks)  # the filling of a ragged block does not err
+
+    return round_at
 
 
 def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
@@ -143,17 +176,13 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
     blocks = tiling.blocks(x.to(torch.float32))
     noise_blocks = None if noise is None else tiling.blocks(noise)
     lo, hi = _clip(blocks, shape, spec)
-    if spec.clip == "mse":
-        true = tiling.blocks(torch.ones_like(x, dtype=torch.float32)) > 0
-
-        def round_at(ratio: float) -> Tensor:
-            scale, _, _, zero = _scale(lo * ratio, hi * ratio, spec)
-            rounded = _round_blocks(blocks, scale, zero, spec, None)[1] * scale
-            return torch.where(true, rounded, blocks)  # the filling of a ragged block does not err
-
-        ratio = ranges.mse_ratio(blocks, round_at)
+    ratios = {"mse": ranges.MSE_RATIOS, "four_six": ranges.FOUR_SIX_RATIOS}.get(spec.clip)
+    largest = hi.amax()
+    if ratios is not None:
+        ratio = ranges.best_ratio(blocks, _at_ratio(blocks, x, lo, hi, spec), ratios)
         lo, hi = lo * ratio, hi * ratio
-    scale, block_scale, tensor_scale, zero_point = _scale(lo, hi, spec)
+        largest = hi.amax() if spec.clip == "mse" else largest
+    scale, block_scale, tensor_scale, zero_point = _scale(lo, hi, spec, largest)
     v, values = _round_blocks(blocks, scale, zero_point, spec, noise_blocks)
     inside = _inside(v, values, zero_point, spec)
 
@@ -175,38 +204,6 @@ def dequantize_values(values: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return values * spec.blocks.expand(scale, (values.shape[F], values.shape[K]))
 
 
-# --- packing: codes of b bits, side by side in bytes, each row by itself ---------------------------------------
-
-
-def _unit(bits: int) -> tuple[int, int]:
-    """The least number of codes that fills whole bytes, and how many bytes: 4 bits -> (2, 1), 3 -> (8, 3)."""
-    divisor = math.gcd(8, bits)
-    return 8 // divisor, bits // divisor
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """[..., K] uint8 codes below 2^bits -> [..., bytes] uint8, little-endian, rows padded to whole bytes."""
-    if bits == 8:
-        return codes.contiguous()
-    unit_codes, unit_bytes = _unit(bits)
-    if codes.shape[-1] % unit_codes:
-        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % unit_codes))
-    units = codes.unflatten(-1, (-1, unit_codes)).to(torch.int64)
-    word = sum((units[..., i] << (bits * i)) for i in range(1, unit_codes)) + units[..., 0]
-    return torch.stack([(word >> (8 * j)) & 0xFF for j in range(unit_bytes)], -1).flatten(-2).to(torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of ``pack``: [..., bytes] -> [..., count] uint8."""
-    if bits == 8:
-        return packed
-    unit_codes, unit_bytes = _unit(bits)
-    units = packed.unflatten(-1, (-1, unit_bytes)).to(torch.int64)
-    word = sum((units[..., j] << (8 * j)) for j in range(1, unit_bytes)) + units[..., 0]
-    codes = torch.stack([(word >> (bits * i)) & (2**bits - 1) for i in range(unit_codes)], -1).flatten(-2)
-    return codes[..., :count].to(torch.uint8)
-
-
 def _store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     if spec.scale_format == "float32":
         return scale
@@ -223,7 +220,10 @@ def _load_scale(stored: Tensor, spec: QuantSpec) -> Tensor:
     if spec.scale_format == "e4m3":
         return E4M3.decode(stored)
     power = (stored.to(torch.int32) << 23).view(torch.float32)
-    return torch.where(stored == 255, torch.nan, power)
+    power = torch.where(stored == 255, torch.nan, power)
+    return (
+        power * (1.0 / ranges.prescale(spec.number_format)) if spec.scale_format == "e8m0_prescale" else power
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,14 @@ MSE_RATIOS = tuple(1.0 - i / 40 for i in range(33))
 """Shrinkage grid of the MSE clip: 1.0 down to 0.2 in steps of 0.025 of absmax (the optimum is flat: the error
 between two grid points is second order)."""
 
+FOUR_SIX_RATIOS = (1.0, 1.5)
+"""Of the scale: the largest element of a block becomes 6, or 4 = 6 / 1.5, whose neighbours on the e2m1 grid are nearer
+("Four Over Six", arXiv 2512.02010)."""
+
+FOUR_SIX_TOP = 256.0
+"""What the largest block scale is under a tensor scale with the 4/6 clip: 1.5 times it, 384, is an e4m3 number too,
+and 1.5 * 448 is beyond the format."""
+
 
 def absmax(blocks: Tensor) -> Tensor:
     """[nr, r, nc, c] -> [nr, 1, nc, 1]."""
@@ -59,28 +67,36 @@ def root_mean_square(blocks: Tensor, counts: Tensor) -> Tensor:
     return torch.sqrt((blocks * (1.0 / unit)).square().sum((1, 3), keepdim=True) / counts) * unit
 
 
-def mse_ratio(blocks: Tensor, round_at: Callable[[float], Tensor]) -> Tensor:
-    """Per block, the ratio of ``MSE_RATIOS`` whose ``round_at(ratio)`` (blocks -> blocks) errs least."""
+def mean_magnitude(blocks: Tensor, counts: Tensor) -> Tensor:
+    """[nr, r, nc, c] -> [nr, 1, nc, 1], the mean of |x| over the true elements (BitNet b1.58, arXiv 2402.17764)."""
+    unit = _unit(blocks)
+    return (blocks * (1.0 / unit)).abs().sum((1, 3), keepdim=True) / counts * unit
+
+
+def best_ratio(
+    blocks: Tensor, round_at: Callable[[float], Tensor], ratios: tuple[float, ...] = MSE_RATIOS
+) -> Tensor:
+    """Per block, the first of ``ratios`` whose ``round_at(ratio)`` (blocks -> blocks) errs least."""
     inverse_unit = 1.0 / _unit(blocks)
 
     def error_at(ratio: float) -> Tensor:
         return ((round_at(ratio) - blocks) * inverse_unit).square().sum((1, 3), keepdim=True)
 
-    best_error = error_at(MSE_RATIOS[0])
-    best_ratio = torch.full_like(best_error, MSE_RATIOS[0])
-    for ratio in MSE_RATIOS[1:]:
+    best_error = error_at(ratios[0])
+    best = torch.full_like(best_error, ratios[0])
+    for ratio in ratios[1:]:
         error = error_at(ratio)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_ratio = torch.where(better, ratio, best_ratio)
-    return best_ratio
+        best = torch.where(better, ratio, best)
+    return best
 
 
 @cache
 def gaussian_clip(number_format: NumberFormat) -> float:
     """The k that minimises E (Q(z) - z)^2 over z ~ N(0, 1) when the grid ends at k.
 
-    With levels q_i, decided at midpoints t_i, and the Gaussian's density f and distribution F, exactly
+    With levels q_i, decided at thresholds t_i, and the Gaussian's density f and distribution F, exactly
 
         E (Q(z) - z)^2 = 1 + sum_i q_i^2 (F(t_i+1) - F(t_i)) + 2 q_i (f(t_i+1) - f(t_i))
 
@@ -89,11 +105,11 @@ def gaussian_clip(number_format: NumberFormat) -> float:
     0.04 below the minimum.
     """
     levels = number_format.levels().to(torch.float64) / number_format.max
+    thresholds = number_format.thresholds().to(torch.float64) / number_format.max
     end = torch.zeros(1, dtype=torch.float64)
 
     def error(k: float) -> float:
-        q = levels * k
-        middle = (q[1:] + q[:-1]) / 2
+        q, middle = levels * k, thresholds * k
         distribution = torch.cat([end, torch.special.ndtr(middle), end + 1.0])
         density = torch.cat([end, torch.exp(-middle * middle / 2) / math.sqrt(2 * math.pi), end])
         return float(1.0 + (q * q * distribution.diff() + 2 * q * density.diff()).sum())
@@ -113,25 +129,37 @@ def _power_of_two_floor(x: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x), (x.view(torch.int32) & 0x7F800000).view(torch.float32), torch.nan)
 
 
-def e8m0(scale: Tensor, amax: Tensor, number_format: NumberFormat, *, ceil: bool) -> Tensor:
-    """Round scales to powers of two, 2^-126 .. 2^127.
+def e8m0(scale: Tensor, amax: Tensor, number_format: NumberFormat, rule: str) -> Tensor:
+    """Round scales to powers of two, 2^-126 .. 2^127. rule:
 
-    floor (OCP): 2^(floor(log2 amax) - emax), emax = floor(log2 format.max). It saturates a block whose largest
-    mantissa exceeds the format's. ceil: the least power of two >= scale, which never saturates.
+    ``e8m0``           2^(floor(log2 amax) - emax), emax = floor(log2 format.max), OCP's: it saturates a block whose
+                       largest mantissa exceeds the format's
+    ``e8m0_ceil``      the least power of two >= scale, which never saturates
+    ``e8m0_down``      the greatest power of two <= scale (Quartet's forward, arXiv 2505.14669)
+    ``e8m0_prescale``  OCP's; values are multiplied by ``prescale(format)`` < 1 so that nothing saturates
     """
-    if ceil:
+    if rule in ("e8m0_ceil", "e8m0_down"):
         power = _power_of_two_floor(scale)
-        power = torch.where(power < scale, power * 2, power)
+        if rule == "e8m0_ceil":
+            power = torch.where(power < scale, power * 2, power)
     else:
         power = _power_of_two_floor(amax) * 2.0 ** -math.floor(math.log2(number_format.max))
     return torch.clamp(power, min=2.0**-126)
 
 
-def e4m3_under_tensor_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+def prescale(number_format: NumberFormat) -> float:
+    """format.max over the least power of two above it: 3/4 for e2m1 ("Training LLMs with MXFP4", arXiv 2502.20586,
+    section 3.1): OCP's scale leaves amax / scale below that power. Its inverse multiplies the product of the GEMM,
+    16/9 of two such operands; here it is part of the scale."""
+    return number_format.max / 2.0 ** (math.floor(math.log2(number_format.max)) + 1)
+
+
+def e4m3_under_tensor_scale(scale: Tensor, largest: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """Scales -> (e4m3 values [nr, 1, nc, 1], tensor scale 0-d) with scale ~ e4m3 * tensor_scale.
 
-    tensor_scale = max(scale) / 448; a block whose scale would round to zero keeps the smallest e4m3 number.
+    largest: 0-d, the scale that becomes ``top``, so tensor_scale = largest / top; a block whose scale would round to
+    zero keeps the smallest e4m3 number.
     """
-    tensor_scale = torch.clamp(scale.amax() / E4M3.max, min=2.0**-126)
+    tensor_scale = torch.clamp(largest / top, min=2.0**-126)
     stored = E4M3.round(scale * (1.0 / tensor_scale))
     return torch.clamp(stored, min=2.0**-9), tensor_scale

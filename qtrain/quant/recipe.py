@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .spec import QuantSpec
-from .transforms import Transform
+from .transforms import Hadamard, Transform
 
 Operand = QuantSpec | str | None
 GEMMS = ("fprop", "dgrad", "wgrad")
@@ -69,10 +69,10 @@ def _transform(value: Any, reused: bool, gemm: str) -> Transform | None:
     if isinstance(transform, str):
         transform = Transform.parse(transform)
     elif isinstance(transform, Mapping):
-        transform = _as(Transform, transform)
+        transform = _as(Hadamard, transform)
     if not isinstance(transform, Transform | None):
         raise TypeError(
-            f"{gemm}.transform={transform!r}: expected none, hadamard:B or rht:B, got {type(transform).__name__}"
+            f"{gemm}.transform={transform!r}: expected none, hadamard:B, rht:B or package.module:Name, got {type(transform).__name__}"
         )
     if transform is not None and reused:
         raise ValueError(

@@ -4,7 +4,8 @@ Configs and command lines write it short, ``<format>[_<granularity>][_<modifier>
 
     int4_row   int8_tensor   int4_group128_asym   e4m3_block128x128   int8_row_sr   midrise4_row_gaussian_trust
 
-or by the name of a standard layout (``mxfp8``, ``mxfp4``, ``nvfp4``), or as a mapping of the fields below.
+or by the name of a standard layout (``mxfp8``, ``mxfp4``, ``nvfp4``), or as a mapping of the fields below, which
+also takes what the short form does not say: percentiles, the levels of a codebook, plug-ins beside formats.
 """
 
 from __future__ import annotations
@@ -17,20 +18,38 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from .formats import IntegerFormat, NumberFormat, format_names, get_format
+from .formats import POWER_LAW, CodebookFormat, IntegerFormat, NumberFormat, format_names, get_format
 from .granularity import Granularity
+from .plugins import is_plugin, load_function
 from .ranges import MIN_SCALE, gaussian_clip
 
-SCALE_FORMATS = ("float32", "e8m0", "e8m0_ceil", "e4m3")
+SCALE_FORMATS = ("float32", "e8m0", "e8m0_ceil", "e8m0_down", "e8m0_prescale", "e4m3")
 ROUNDINGS = ("nearest", "stochastic")
-ESTIMATORS = ("ste", "clipped", "trust")
-CLIPS = "absmax, percentile:P, mse, rms:K, gaussian"
+ESTIMATORS = ("ste", "clipped", "trust", "seq")
+CLIPS = (
+    "absmax, percentile:P, mse, rms:K, gaussian, absmean:K, four_six, fixed:A, learned, static:N, delayed:H, "
+    "package.module:Name"
+)
+_PLUGIN = "package.module:Name"
+_NUMBERED = ("percentile", "rms", "absmean", "fixed", "static", "delayed")
+STATEFUL = ("learned", "static", "delayed")
+# Of those without a number in their name; and what the short form's words leave out.
+_ALONE = ("absmax", "mse", "four_six", "learned")
+_DEFAULT_NUMBER = {"absmean": "1", "static": "16", "delayed": "16"}
+
+
+def _mx(number_format: str, rule: str = "e8m0_ceil") -> dict[str, Any]:
+    return {"format": number_format, "granularity": "group:32", "scale_format": rule}
+
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    # OCP MX v1.0 with the ceil rule for e4m3, whose floor rule saturates every block with a mantissa over 1.75
-    "mxfp8": {"format": "e4m3", "granularity": "group:32", "scale_format": "e8m0_ceil"},
-    "mxfp4": {"format": "e2m1", "granularity": "group:32", "scale_format": "e8m0"},
-    "mxint8": {"format": "int8", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    # OCP MX v1.0. The ceil rule where OCP's floor would saturate many blocks: those of e4m3 with a mantissa over 1.75
+    "mxfp8": _mx("e4m3"),
+    "mxfp8_e5m2": _mx("e5m2"),
+    "mxfp6": _mx("e2m3"),
+    "mxfp6_e3m2": _mx("e3m2"),
+    "mxfp4": _mx("e2m1", "e8m0"),
+    "mxint8": _mx("int8"),
     "nvfp4": {"format": "e2m1", "granularity": "group:16", "scale_format": "e4m3", "tensor_scale": True},
 }
 MODIFIERS: dict[str, dict[str, Any]] = {
@@ -40,6 +59,16 @@ MODIFIERS: dict[str, dict[str, Any]] = {
     "gaussian": {"clip": "gaussian"},
     "clipped": {"estimator": "clipped"},
     "trust": {"estimator": "trust"},
+    "seq": {"estimator": "seq"},
+    "absmean": {"clip": "absmean:1"},
+    "four_six": {"clip": "four_six"},
+    "floor": {"scale_format": "e8m0"},
+    "ceil": {"scale_format": "e8m0_ceil"},
+    "down": {"scale_format": "e8m0_down"},
+    "prescale": {"scale_format": "e8m0_prescale"},
+    "learned": {"clip": "learned", "estimator": "clipped"},
+    "static": {"clip": "static:16"},
+    "delayed": {"clip": "delayed:16"},
 }
 
 
@@ -55,14 +84,18 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...] | list[str]) -> Non
 class QuantSpec:
     """How one operand, seen K-major as [free, contraction], is quantized.
 
-    format: a name that ``get_format`` knows. granularity: who shares a scale (``Granularity.parse``).
-    symmetric: False adds a zero point (integers only); the range then always contains zero, so that zero stays
-    exact. clip: how the range is chosen within a block: ``absmax``; ``percentile:P`` (P percent of the elements
-    lie inside); ``mse`` (grid search); ``rms:K`` (K times the root mean square); ``gaussian`` (``rms:K`` with the
-    K that is optimal for this format on N(0, 1)). scale_format: what a scale is stored in; ``tensor_scale``: a
-    second, float32 scale for the whole tensor (needs ``e4m3``). rounding: ``nearest`` (ties to even) or
-    ``stochastic``. estimator of the gradient: ``ste`` passes it; ``clipped`` zeroes it where the value was
-    clipped; ``trust`` where it moved by more than half the widest step (QuEST, arXiv 2502.05003, section 3.2).
+    format: a name that ``get_format`` knows, or ``codebook`` with its ``levels``. granularity: who shares a scale
+    (``Granularity.parse``). symmetric: False adds a zero point (integers only); the range then always contains zero,
+    so that zero stays exact. clip: how the range is chosen within a block: ``absmax``; ``percentile:P`` (P percent of
+    the elements lie inside); ``mse`` (grid search); ``rms:K``, ``absmean:K`` (K times the root mean square, the mean
+    magnitude); ``gaussian`` (``rms:K`` with the K that is optimal for this format on N(0, 1)); ``four_six`` (e2m1: the
+    largest element becomes 4 or 6, whichever errs less); ``fixed:A``; a plug-in; or, with a state that lives in the
+    layer (``qtrain.nn.quantizers``), ``learned``, ``static:N`` and ``delayed:H``. scale_format: what a scale is stored
+    in (``ranges.e8m0`` has the rules for powers of two); ``tensor_scale``: a second, float32 scale for the whole tensor
+    (needs ``e4m3``). rounding: ``nearest`` (ties to even) or ``stochastic``. estimator of the gradient: ``ste`` passes
+    it; ``clipped`` zeroes it where the value was clipped; ``trust`` where it moved by more than half the widest step
+    (QuEST, arXiv 2502.05003, section 3.2); ``seq`` where it lies more than half a step beyond the last level (ParetoQ,
+    arXiv 2502.02631); or a plug-in.
     min_scale: floor of the scale, before that is rounded to its format.
 
     Raises ValueError, naming the value, the allowed ones and the remedy.
@@ -77,20 +110,25 @@ class QuantSpec:
     rounding: str = "nearest"
     estimator: str = "ste"
     min_scale: float = MIN_SCALE
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        get_format(self.format)
+        object.__setattr__(self, "levels", tuple(float(x) for x in self.levels))
+        if self.levels and self.format != "codebook":
+            raise ValueError(f"levels with format {self.format!r}: they belong to format codebook")
+        _ = self.plain_format
         _ = self.blocks
         _one_of("scale_format", self.scale_format, SCALE_FORMATS)
         _one_of("rounding", self.rounding, ROUNDINGS)
-        _one_of("estimator", self.estimator, ESTIMATORS)
+        if not is_plugin(self.estimator):
+            _one_of("estimator", self.estimator, (*ESTIMATORS, _PLUGIN))
         kind, value = self.clip_kind_and_value
         if not self.symmetric:
-            if not isinstance(get_format(self.format), IntegerFormat):
+            if not isinstance(self.plain_format, IntegerFormat):
                 raise ValueError(
                     f"symmetric=False with format {self.format!r}: a zero point needs an integer format, int2..int8"
                 )
-            if kind == "rms":
+            if kind not in ("absmax", "percentile", "mse"):
                 raise ValueError(
                     f"clip={self.clip!r} is symmetric; with symmetric=False use absmax, percentile:P or mse"
                 )
@@ -106,18 +144,36 @@ class QuantSpec:
             raise ValueError(
                 f"clip={self.clip!r}: the percentile must lie in 50..100, for example percentile:99.9"
             )
-        if kind == "rms" and not value > 0:
-            raise ValueError(f"clip={self.clip!r}: the factor must be positive, for example rms:2.5")
+        if kind in ("rms", "absmean", "fixed") and not value > 0:
+            raise ValueError(f"clip={self.clip!r}: the number must be positive, for example {kind}:2.5")
+        if kind in ("static", "delayed") and not (value >= 1 and value.is_integer()):
+            raise ValueError(f"clip={self.clip!r}: needs a whole number of steps, for example {kind}:16")
+        if kind == "four_six" and self.format != "e2m1":
+            raise ValueError(f"clip='four_six' with format {self.format!r}: 4 and 6 are levels of e2m1")
+        if self.stateful and self.tensor_scale:
+            raise ValueError(
+                f"clip={self.clip!r} with tensor_scale=True: a range with state has one scale a block; use absmax"
+            )
+        if kind == "learned" and self.scale_format != "float32":
+            raise ValueError(
+                f"clip='learned' with scale_format={self.scale_format!r}: the step is learned as a float32 number"
+            )
         if not MIN_SCALE <= self.min_scale < math.inf:
             raise ValueError(f"min_scale={self.min_scale!r}: must be at least 2^-100 and finite")
         # Computed now: a compiler that traces the first use would meet the lock inside cached_property
-        _ = self.number_format.widest_gap
+        _ = self.number_format.widest_gap, self.clip_function, self.estimator_function
+
+    @cached_property
+    def plain_format(self) -> NumberFormat:
+        """What ``format`` and ``levels`` name."""
+        if self.format == "codebook" and self.levels:
+            return CodebookFormat("codebook", self.levels)
+        return get_format(self.format)
 
     @cached_property
     def number_format(self) -> NumberFormat:
         """The grid that codes name: the format itself, or its unsigned counterpart with a zero point."""
-        chosen = get_format(self.format)
-        return chosen if self.symmetric else chosen.unsigned()
+        return self.plain_format if self.symmetric else self.plain_format.unsigned()
 
     @cached_property
     def blocks(self) -> Granularity:
@@ -125,15 +181,33 @@ class QuantSpec:
 
     @cached_property
     def clip_kind_and_value(self) -> tuple[str, float]:
-        """("absmax" | "percentile" | "mse" | "rms", its number)."""
-        if self.clip in ("absmax", "mse"):
+        """(the kind of clip, its number; 0 where it has none). ``gaussian`` is an rms; a plug-in is ``plugin``."""
+        if self.clip in _ALONE:
             return self.clip, 0.0
         if self.clip == "gaussian":
-            return "rms", gaussian_clip(get_format(self.format))
-        match = re.fullmatch(r"(percentile|rms):(\d+\.?\d*|\.\d+)", self.clip)
-        if not match:
-            raise ValueError(f"clip={self.clip!r}: allowed are {CLIPS}")
-        return match[1], float(match[2])
+            return "rms", gaussian_clip(self.plain_format)
+        text = f"{self.clip}:{_DEFAULT_NUMBER[self.clip]}" if self.clip in _DEFAULT_NUMBER else self.clip
+        match = re.fullmatch(rf"({'|'.join(_NUMBERED)}):(\d+\.?\d*|\.\d+)", text)
+        if match:
+            return match[1], float(match[2])
+        if is_plugin(self.clip) and self.clip.split(":")[0] not in _NUMBERED:
+            return "plugin", 0.0
+        raise ValueError(f"clip={self.clip!r}: allowed are {CLIPS}")
+
+    @cached_property
+    def clip_function(self) -> Any:
+        """Of a plug-in; None for the others."""
+        return load_function(self.clip, "clip") if self.clip_kind_and_value[0] == "plugin" else None
+
+    @cached_property
+    def estimator_function(self) -> Any:
+        """Of a plug-in; None for the others."""
+        return load_function(self.estimator, "estimator") if is_plugin(self.estimator) else None
+
+    @property
+    def stateful(self) -> bool:
+        """Whether its range has a state, which lives in a layer."""
+        return self.clip_kind_and_value[0] in STATEFUL
 
     @property
     def bits(self) -> int:
@@ -151,6 +225,7 @@ class QuantSpec:
     def __str__(self) -> str:
         defaults = {f.name: f.default for f in fields(self)}
         parts = [self.format, self.granularity]
+        parts[0] += f"[{' '.join(f'{x:g}' for x in self.levels)}]" if self.levels else ""
         parts += [] if self.symmetric else ["asym"]
         parts += [self.clip] if self.clip != "absmax" else []
         parts += [f"scale:{self.scale_format}"] if self.scale_format != "float32" else []
@@ -170,7 +245,10 @@ class QuantSpec:
         values = dict(LAYOUTS[base]) if base in LAYOUTS else {"format": base, "granularity": granularity}
         for word in rest:
             match = re.fullmatch(r"(tensor|row|column)|group(\d+)|block(\d+x\d+)", word)
-            if match:
+            numbered = re.fullmatch(r"(static|delayed)(\d+)", word)
+            if numbered:
+                values["clip"] = f"{numbered[1]}:{numbered[2]}"
+            elif match:
                 named, group, block = match.groups()
                 values["granularity"] = named or (f"group:{group}" if group else f"block:{block}")
             elif word in MODIFIERS:
@@ -179,7 +257,7 @@ class QuantSpec:
                 near = difflib.get_close_matches(word, ["tensor", "row", "column", *MODIFIERS], n=1)
                 raise ValueError(
                     f"{word!r} in the spec {text!r}: allowed are a granularity (tensor, row, column, group<G>, "
-                    f"block<R>x<C>) and modifiers ({', '.join(MODIFIERS)}){f'; did you mean {near[0]}?' if near else ''}"
+                    f"block<R>x<C>) and modifiers ({', '.join(MODIFIERS)}, static<N>, delayed<H>){f'; did you mean {near[0]}?' if near else ''}"
                 )
         return QuantSpec(**values)
 
@@ -208,8 +286,10 @@ def _split_format(text: str) -> tuple[str, list[str]]:
     words = text.split("_")
     for n in range(len(words), 0, -1):
         base = "_".join(words[:n])
-        if base in LAYOUTS or base in format_names():
-            return base, words[n:]
+        if base in LAYOUTS or base in format_names() or re.fullmatch(POWER_LAW, base):
+            return base, re.sub(r"\bfour\0six\b", "four_six", "\0".join(words[n:])).split("\0") if words[
+                n:
+            ] else []
     near = difflib.get_close_matches(words[0], [*format_names(), *LAYOUTS], n=3)
     raise ValueError(
         f"spec {text!r}: {words[0]!r} is no number format{f'; did you mean {near[0]}?' if near else '.'} Allowed: "

@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from qtrain.data.sources import TextSource
-from qtrain.data.tokenizers import Tokenizer, get_tokenizer
-from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
+from qtrain.models.protocol import ModelConfig
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -30,6 +30,8 @@ from .settings import RunSettings
 
 # What the optimizer's mapping holds beside the arguments of its class.
 _CLIP = "clip_norm"
+# Top-level knobs of the optimizers that have ``states``.
+_MOMENTS = ("m1", "m2")
 
 
 def locate(target: str) -> Any:
@@ -92,15 +94,16 @@ class OptimizerParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The parts of a run. ``config`` is the plain configuration they were made from."""
+    """The parts of a run. ``config`` is the plain configuration they were made from. ``tokenizer``: may be still to be
+    trained; the prepared data have the one that was."""
 
     config: Mapping[str, Any]
     settings: RunSettings
-    model_config: GPTConfig
+    model_config: ModelConfig
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | BpeTraining
     source: TextSource
 
     @property
@@ -112,13 +115,12 @@ class Assembly:
         """Processes of the run, as the trainer's configuration says."""
         return self.processes.world_size
 
-    def make_model(self) -> nn.Module:
-        """The model with its initial weights, in high precision."""
-        return GPT(
-            self.model_config,
-            seed=self.settings.seed,
-            activation_checkpointing=self.settings.activation_checkpointing,
-        )
+    def make_model(self, *, pretrained: bool = True) -> nn.Module:
+        """The model with its initial weights, in high precision; of type ``LanguageModel``. pretrained: see
+        ``ModelConfig.build``."""
+        model = self.model_config.build(seed=self.settings.seed, pretrained=pretrained)
+        model.set_activation_checkpointing(self.settings.activation_checkpointing)
+        return model
 
 
 def _check_fit(parts: Assembly) -> None:
@@ -136,6 +138,12 @@ def _check_fit(parts: Assembly) -> None:
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
+    idle = [key for key in _MOMENTS if key in parts.config]
+    if idle and "states" not in parts.optimizer.target:
+        raise ValueError(
+            f"{' and '.join(idle)} would do nothing: {optimizer} has states of its own; take them out (~{' ~'.join(idle)}), or "
+            "take optimizer=adamw, whose moments they choose"
+        )
     if parts.processes.sharding == "fsdp2" and not hasattr(locate(optimizer), "full_state_dict"):
         raise ValueError(
             f"optimizer {optimizer} under trainer.strategy=fsdp2: its states could not be gathered into a checkpoint; "
@@ -179,12 +187,27 @@ def _settings(config: Mapping[str, Any]) -> RunSettings:
     return RunSettings.of({**config, "micro_batch_sequences": share})
 
 
-def assemble(config: Mapping[str, Any]) -> Assembly:
-    """The parts of the run that ``config`` describes, checked alone and against each other.
+def _model_config(config: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+    """A vocabulary that is left open is the tokenizer's."""
+    if config.get("vocab_size", 0) is None:
+        config = {**config, "vocab_size": vocab_size}
+    model = build(config)
+    if not isinstance(model, ModelConfig):
+        raise TypeError(
+            f"model is a {type(model).__name__}: its _target_ must be a configuration that builds a model "
+            "(qtrain.models.protocol.ModelConfig), as in configs/model"
+        )
+    return model
+
+
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | BpeTraining | None = None) -> Assembly:
+    """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
+    the place of the one that ``config`` names, as where a checkpoint brings it.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
     data = config["data"]
+    tokenizer = tokenizer or get_tokenizer(data["tokenizer"])
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
@@ -193,11 +216,11 @@ def assemble(config: Mapping[str, Any]) -> Assembly:
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=build(config["model"]),
+        model_config=_model_config(config["model"], tokenizer.vocab_size),
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        tokenizer=get_tokenizer(data["tokenizer"]),
+        tokenizer=tokenizer,
         source=build(data["source"]),
     )
     _check_fit(parts)

@@ -15,7 +15,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtrain.data.prepare import Progress, cache_root, prepare, rich_progress
+from qtrain.data.cache import cache_root
+from qtrain.data.prepare import open_prepared, prepare
+from qtrain.data.progress import Progress, shown_progress
 from qtrain.data.shards import TokenShards
 from qtrain.data.stream import GlobalBatchSampler, TokenWindows, ValidationWindows
 
@@ -63,18 +65,23 @@ def open_shards(parts: Assembly, recorded: str | None = None) -> TokenShards:
     data = parts.config["data"]
     root = Path(data["folder"]) if data["folder"] is not None else cache_root()
     if recorded is not None and (root / recorded).is_dir():
-        return TokenShards.open(root / recorded)
+        return open_prepared(root / recorded)
     with ExitStack() as stack:
         bars: list[Progress] = []
 
         def progress(stage: str, done: int, total: int | None) -> None:
             if stage != "fingerprint":  # which is all that happens where the data are prepared already
                 if not bars:
-                    bars.append(stack.enter_context(rich_progress()))
+                    bars.append(stack.enter_context(shown_progress()))
                 bars[0](stage, done, total)
 
         shards = prepare(
-            parts.source, parts.tokenizer, root, val_fraction=data["val_fraction"], progress=progress
+            parts.source,
+            parts.tokenizer,
+            root,
+            val_fraction=data["val_fraction"],
+            num_workers=data.get("num_workers"),  # changes no byte; runs of before it have none
+            progress=progress,
         )
     if recorded is not None and shards.directory.name != recorded:
         raise ValueError(
@@ -98,6 +105,7 @@ class WindowsDataModule(LightningDataModule):
             "shards": self.shards.directory.name,
             "fingerprint": self.shards.manifest.source.get("fingerprint"),
             "tokenizer": self.shards.manifest.tokenizer["name"],
+            "tokenizer_digest": self.shards.manifest.tokenizer["digest"],
             "sequence_tokens": self.settings.sequence_tokens,
             "val_windows": len(self.val),
         }

@@ -17,7 +17,7 @@ from .datamodule import WindowsDataModule, open_shards
 from .fit import make_trainer
 from .module import QuantizedTransformer
 from .report import sample_text
-from .run_folder import write_json
+from .run_folder import WINDOW_LOSSES, write_array, write_json
 from .saved import TrainedRun
 from .settings import SampleSettings
 
@@ -32,22 +32,27 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """``window_losses.npy`` and ``evaluation.json``."""
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "window_losses.npy", self.window_losses)
+        write_array(folder / WINDOW_LOSSES, self.window_losses)
         write_json(folder / "evaluation.json", dict(self.numbers))
 
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
     """The run's model with its weights, under the recipe of ``run.parts``."""
-    module = QuantizedTransformer(run.parts)
+    module = QuantizedTransformer(run.parts, continues=True)
     module.configure_model()
     module.load_state_dict(run.checkpoint["state_dict"])
     return module
 
 
 def evaluate(run: TrainedRun) -> Evaluation:
-    """Raises ValueError where the run's validation data are not there any more."""
+    """Raises ValueError where the run's validation data are not there any more, or were made by another tokenizer."""
     recorded = run.checkpoint["qtrain"]["data"]["shards"]
     data = WindowsDataModule(run.parts, open_shards(run.parts, recorded))
+    if data.shards.tokenizer.digest != run.tokenizer.digest:
+        raise ValueError(
+            f"the tokens in {data.shards.directory} are not of the run's tokenizer {run.tokenizer.name!r}: its digest is "
+            f"{run.tokenizer.digest}, theirs {data.shards.tokenizer.digest}; bring the run's own prepared data here"
+        )
     module = trained_module(run)
     trainer = make_trainer(run.parts, run.folder)
     trainer.validate(module, data, verbose=False)
@@ -69,4 +74,4 @@ def complete(run: TrainedRun, sample: SampleSettings, seed: int) -> str:
     trainer = make_trainer(run.parts, run.folder)
     module.to(trainer.strategy.root_device)
     with torch.no_grad():
-        return sample_text(module, run.parts.tokenizer, sample, seed)
+        return sample_text(module, run.tokenizer, sample, seed)

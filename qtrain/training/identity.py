@@ -28,7 +28,7 @@ CHANGEABLE = ("recipe",)
 
 def recipe_digest(recipe: ModelRecipe) -> str:
     """sha256 of what the recipe says, however it was spelled: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def differences(
         found.append(
             f"recipe: {theirs['recipe']} there, {config['recipe']} here (allow_changed=[recipe] goes on with it)"
         )
-    for key in ("shards", "sequence_tokens"):
+    for key in ("shards", "tokenizer_digest", "sequence_tokens"):
         if facts["data"][key] != data[key]:
             found.append(f"data {key}: {facts['data'][key]} there, {data[key]} here")
     return found

@@ -56,7 +56,8 @@ class StepReading:
 
 
 class QuantizedTransformer(LightningModule):
-    """parts: from ``assemble``. The hyperparameters saved are its plain configuration.
+    """parts: from ``assemble``. The hyperparameters saved are its plain configuration. continues: whether the weights
+    of a checkpoint follow, so that no others are read first.
 
     After each step ``reading`` is its StepReading; after each validation ``window_losses`` [n] float32 are the
     mean nats per token of every window.
@@ -65,8 +66,9 @@ class QuantizedTransformer(LightningModule):
     model: nn.Module
     surgery: SurgeryReport
 
-    def __init__(self, parts: Assembly) -> None:
+    def __init__(self, parts: Assembly, *, continues: bool = False) -> None:
         super().__init__()
+        self._continues = continues
         self.save_hyperparameters({"config": dict(parts.config)}, logger=False)
         self.parts, self.settings = parts, parts.settings
         self.reading: StepReading | None = None
@@ -80,7 +82,7 @@ class QuantizedTransformer(LightningModule):
         validation. Every process draws the whole initial weights before it keeps its rows of them."""
         if hasattr(self, "surgery"):
             return
-        model = self.parts.make_model()
+        model = self.parts.make_model(pretrained=not self._continues)
         surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
         mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
@@ -213,6 +215,8 @@ class QuantizedTransformer(LightningModule):
             "tokens": step * self.settings.step_tokens,
             "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
+            # By its contents, so that a checkpoint is enough by itself
+            "tokenizer": self.trainer.datamodule.shards.tokenizer.state(),  # type: ignore[attr-defined]
             "recipe_sha256": recipe_digest(self.parts.recipe),
             "plan": plan_of(self.surgery, self.parts.recipe),
             "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,

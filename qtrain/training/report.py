@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qtrain.data.tokenizers import Tokenizer
 from qtrain.models.sampling import generate
-from qtrain.optim import AdamW
 
 from .baselines import ReferenceRun
 from .callbacks.metrics_jsonl import bits_per_byte
@@ -56,7 +55,7 @@ def sample_text(
             temperature=settings.temperature,
             top_k=settings.top_k,
             seed=seed,
-            sequence_tokens=int(model.config.sequence_tokens),  # type: ignore[union-attr, arg-type]
+            sequence_tokens=module.parts.model_config.sequence_tokens,
         )
     return tokenizer.decode(tokens[0].tolist())
 
@@ -102,7 +101,7 @@ def summarize(
 def optimizer_state_bytes(optimizer: Any, *, sharded: bool) -> dict[str, int] | None:
     """Bytes held, and what float32 would take; None for optimizers that do not say. sharded: whether every process
     holds a part; all of them then call this, and it is the sum."""
-    if not isinstance(optimizer, AdamW):
+    if not hasattr(optimizer, "state_bytes"):
         return None
     held = optimizer.state_bytes()
     found = {name: held[name] for name in ("total", "as_float32")}

@@ -1,7 +1,7 @@
 """The folder of a run, and how files get into it: whole or not at all.
 
 config.yaml versions.json attempts.jsonl surgery.txt census.json metrics.jsonl checkpoints/ wandb/
-loss.png sample.txt summary.json verdict.json
+window_losses.npy loss.png sample.txt summary.json verdict.json
 
 attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt
 before it ended, and what was refused on the way.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -22,8 +23,12 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wandb")
 SUMMARY, VERDICT, CENSUS, ATTEMPTS = "summary.json", "verdict.json", "census.json", "attempts.jsonl"
+WINDOW_LOSSES = "window_losses.npy"  # [n] float32, nats per token of every validation window, in their order
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
@@ -107,14 +112,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces ``path`` at once: a reader, or a kill, meets the old file or the new one."""
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` at once: a reader, or a kill, meets the old file or the new one."""
+    _write(path, text.encode())
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """As ``write_text``, in numpy's format."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    _write(path, buffer.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtrain.data.tokenizers import Tokenizer, is_training, tokenizer_from_state
+
 from .assembly import Assembly, assemble
 from .checkpoints import MANIFEST, CheckpointError, checkpoints_in, load_checkpoint, verified
 from .run_folder import CHECKPOINTS
@@ -62,11 +64,12 @@ def saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class TrainedRun:
     """A checkpoint with what is needed to use it. ``path``: its folder. ``parts``: the run's, or with what the
-    caller changed."""
+    caller changed. ``tokenizer``: the run's own, from the checkpoint."""
 
     path: Path
     parts: Assembly
     checkpoint: dict[str, Any]
+    tokenizer: Tokenizer
 
     @property
     def folder(self) -> Path:
@@ -91,4 +94,7 @@ def trained_run(path: Path, changes: Mapping[str, Any]) -> TrainedRun:
     Raises ValueError as ``read_checkpoint`` and ``assemble`` do."""
     checkpoint = read_checkpoint(path)
     config = {**saved_config(checkpoint), **changes, "compile": False}
-    return TrainedRun(path, assemble(config), checkpoint)
+    tokenizer = tokenizer_from_state(checkpoint["qtrain"]["tokenizer"])
+    # What the configuration names may not be here. A training is all there in its numbers, and prepared data are found by it
+    named = None if is_training(config["data"]["tokenizer"]) else tokenizer
+    return TrainedRun(path, assemble(config, named), checkpoint, tokenizer)

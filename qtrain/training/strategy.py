@@ -29,6 +29,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from qtrain.nn.surgery import linear_layers
+
 from . import processes
 from .processes import ProcessSettings
 
@@ -128,19 +130,19 @@ def make_strategy(settings: ProcessSettings) -> Strategy | str:
     return DDPStrategy(timeout=timeout, find_unused_parameters=False)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the parameters of ``model`` up over the one-dimensional ``mesh``, in place, blocks by themselves and the
-    rest together. After surgery, and before the optimizer takes the parameters."""
-    for block in _blocks(model):
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """Cuts the parameters of ``model``, a ``LanguageModel``, up over the one-dimensional ``mesh``, in place, blocks by
+    themselves and the rest together. After surgery, and before the optimizer takes the parameters."""
+    for block in model.repeated_blocks():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def compile_for(model: nn.Module, sharding: str) -> None:
+def compile_for(model: Any, sharding: str) -> None:
     """Compiles ``model`` in place, parameters keep their names; under FSDP2 before ``shard``.
 
     Whole, but under FSDP2 block by block: what gathers and frees a block's parameters is Python, and stays around
-    the compiled code (each block's ``forward``) and out of it.
+    the compiled code (the ``forward`` of each block, and of each linear layer outside of them) and out of it.
     """
     dynamo: Any = torch._dynamo.config
     if sharding != "fsdp2":
@@ -149,17 +151,13 @@ def compile_for(model: nn.Module, sharding: str) -> None:
             dynamo.optimize_ddp = False
         model.compile()
         return
-    parts = [*_blocks(model), model.get_submodule("lm_head")]
+    blocks = list(model.repeated_blocks())
+    inside = {id(module) for block in blocks for module in block.modules()}
+    parts = [*blocks, *(m for m in linear_layers(model).values() if id(m) not in inside)]
     # The blocks' code is one; where they draw random bits, which go by a layer's name, each may be compiled anew
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(parts))
     for part in parts:
         part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    blocks = model.get_submodule("blocks")
-    assert isinstance(blocks, nn.ModuleList)
-    return list(blocks)
 
 
 def _reshard(module: nn.Module) -> None:

@@ -18,4 +18,4 @@ def test_a_manifest_comes_back_from_its_json():
     manifest = Manifest(tokenizer, "uint16", splits, {"name": "x"}, {"s": 1})
     assert Manifest.from_json(json.dumps(asdict(manifest))) == manifest
     assert manifest.vocab_size == 257
-    assert manifest.format_version == 1
+    assert manifest.format_version == 2

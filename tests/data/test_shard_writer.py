@@ -33,8 +33,8 @@ def build(directory, tokenizer=None, shard_tokens=1 << 20):
 
 def test_manifest_says_everything(tmp_path):
     manifest = TokenShards.open(build(tmp_path / "d", shard_tokens=10)).manifest
-    assert manifest.format_version == 1
-    assert manifest.tokenizer == {"name": "byte", "vocab_size": 257, "eot_token": 256}
+    assert manifest.format_version == 2
+    assert manifest.tokenizer == ByteTokenizer().about
     assert manifest.dtype == "uint16"
     assert manifest.source == {"name": "x"}
     assert manifest.settings == {"s": 1}
@@ -46,13 +46,13 @@ def test_manifest_says_everything(tmp_path):
 
 
 def test_ids_outside_the_vocabulary_never_wrap(tmp_path):
-    class Lying:
-        name = "lying"
-        vocab_size = 200
-        eot_token = 199
+    class Lying(ByteTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.vocab_size = 200
 
-        def encode(self, text):
-            return np.array([ord(c) for c in text], dtype=np.int64)
+        def encode_batch(self, texts):
+            return [np.array([ord(c) for c in text], dtype=np.int64) for text in texts]
 
     with (
         pytest.raises(ValueError, match=r"ids in \[300, 300\], outside \[0, 200\)"),
@@ -122,10 +122,10 @@ def test_everything_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
     build(tmp_path / "d", shard_tokens=10)
-    at = calls.index("rename")
-    before = [name for name in calls[:at] if not name.startswith(".")]
+    at = len(calls) - 1 - calls[::-1].index("rename")
+    before = [name for name in calls[:at] if not name.startswith(".") and name != "rename"]
     shards = [f"{split}-{i:05d}.bin" for split in ("train", "val") for i in range(2)]
-    assert sorted(before) == ["manifest.json", *shards]
+    assert sorted(before) == ["about.json", "manifest.json", *shards]
     assert calls[at - 1].endswith(".partial/")
     assert calls[at + 1 :] == [f"{tmp_path.name}/"]
 

@@ -12,21 +12,29 @@ import pytest
 
 from qtrain.data import shards as shards_module
 from qtrain.data.shards import ShardError, TokenShards, token_dtype, write_shards
-from qtrain.data.tokenizers import ByteTokenizer
+from qtrain.data.tokenizers import ByteTokenizer, Tokenizer
 
 
-class WideTokenizer:
+class WideTokenizer(Tokenizer):
     """Every character is its code point: ids beyond 16 bits."""
 
-    name = "codepoints"
-    vocab_size = 0x110001
-    eot_token = 0x110000
+    kind = "codepoints"
 
-    def encode(self, text):
-        return np.array([ord(c) for c in text], dtype=np.int64)
+    def __init__(self):
+        super().__init__("codepoints", 0x110001, 0x110000)
 
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids if i != self.eot_token)
+    def encode_batch(self, texts):
+        return [np.array([ord(c) for c in text], dtype=self.dtype) for text in texts]
+
+    def _text(self, ids):
+        return "".join(map(chr, ids))
+
+    def files(self):
+        return {}
+
+    @classmethod
+    def from_files(cls, about, files):
+        return cls()
 
 
 TRAIN, VAL = ["hello", "", "wörld"], ["validation"]
@@ -118,7 +126,7 @@ def test_broken_manifests_are_refused(tmp_path):
         with pytest.raises(ShardError, match="delete the folder"):
             TokenShards.open(directory)
     path.write_text(json.dumps({**good, "format_version": 99}))
-    with pytest.raises(ShardError, match="format version 99, this code reads 1"):
+    with pytest.raises(ShardError, match="format version 99, this code reads 2"):
         TokenShards.open(directory)
     with pytest.raises(ValueError, match="'md5' is unknown; allowed: 'sha256', 'size'"):
         TokenShards.open(directory, verify="md5")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.models.gpt import GPT, Attention, GPTConfig, rope_angles, rotate
+from qtrain.models.decoder import Attention, Rope, rope_angles, rotate
+from qtrain.models.gpt import GPT, GPTConfig
 
 TINY = {"vocab_size": 23, "sequence_tokens": 12, "layers": 2, "heads": 2, "width": 8}
 GPT2_LIKE = {
@@ -87,7 +88,7 @@ def test_attention_matches_the_naive_sum(rope, explicit):
     if explicit:
         attention.logits_hook = nn.Identity()
     x = torch.randn(2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    angles = rope_angles(torch.arange(7), 4, 10_000.0) if rope else None
+    angles = rope_angles(torch.arange(7), Rope(4, 10_000.0)) if rope else None
     # the angles are float32: 1e-6 covers their rounding at positions below 7
     torch.testing.assert_close(
         attention(x, angles), naive_attention(attention, x, rope), rtol=1e-5, atol=1e-6
@@ -96,7 +97,7 @@ def test_attention_matches_the_naive_sum(rope, explicit):
 
 def test_rope_depends_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cos, sin = rope_angles(torch.arange(64), 16, 10_000.0)
+    cos, sin = rope_angles(torch.arange(64), Rope(16, 10_000.0))
 
     def score(t, s):
         return (
@@ -114,7 +115,7 @@ def test_rope_depends_on_the_distance_alone():
 
 def test_rope_keeps_norms_and_dtype():
     x = torch.randn(1, 2, 10, 8)
-    cos, sin = rope_angles(torch.arange(10), 8, 10_000.0)
+    cos, sin = rope_angles(torch.arange(10), Rope(8, 10_000.0))
     torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rotate(x, cos, sin)[:, :, 0], x[:, :, 0])
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
@@ -130,7 +131,7 @@ def test_qk_norm_bounds_the_logits():
     attention = tiny(qk_norm=True).blocks[0].attn
     attention.q_rope, attention.k_rope = Record(), Record()
     x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(0)) * 100
-    attention(x, rope_angles(torch.arange(7), 4, 10_000.0))
+    attention(x, rope_angles(torch.arange(7), Rope(4, 10_000.0)))
     for hook in (attention.q_rope, attention.k_rope):
         rms = hook.seen.square().mean(-1).sqrt()
         torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)

@@ -141,7 +141,10 @@ def test_subclasses_are_refused_unless_excluded() -> None:
     assert recipes(model) == {}
     report = apply_recipe(model, ModelRecipe(linear=W8, exclude=["attention.*"]))
     assert recipes(model) == {"up": W8}
-    assert [layer.name for layer in report.layers] == ["attention.out_proj", "up"]
+    # in_proj_weight is a matrix outside of any linear layer: listed, in high precision
+    assert [layer.name for layer in report.layers] == ["attention.out_proj", "up", "attention.in_proj_weight"]
+    assert report.layers[2].recipe is None
+    assert report.quantized_fraction == 64 / (64 + 64 + 3 * 64)
 
 
 def test_another_recipe_replaces_the_first_and_none_reverts() -> None:

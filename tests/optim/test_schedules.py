@@ -137,7 +137,7 @@ def test_schedule_configs(name: str) -> None:
 
 def test_optimizer_config() -> None:
     text = OmegaConf.load(CONFIGS / "optimizer" / "adamw.yaml")
-    whole = OmegaConf.merge({"m1": "dynamic8", "m2": "none"}, {"optimizer": text})
+    whole = OmegaConf.merge(text, {"m2": "none"})
     config = OmegaConf.to_container(whole, resolve=True)["optimizer"]
     assert config.pop("_target_") == "qtrain.optim.AdamW"
     assert config.pop("clip_norm") == 1.0  # the trainer's

@@ -16,13 +16,20 @@ NAMES = (
     + [
         "e4m3",
         "e5m2",
+        "e3m4",
+        "e3m2",
+        "e2m3",
         "e2m1",
         "dynamic4",
         "dynamic4_unsigned",
         "dynamic8",
         "dynamic8_unsigned",
         "linear4_nozero",
+        "nf4",
+        "sign",
+        "ternary",
     ]
+    + [f"power{b}" for b in range(2, 9)]
 )
 
 
@@ -73,7 +80,9 @@ def test_an_unknown_name_is_told_its_neighbours_and_all_names(name, near):
         get_format(name)
     text = str(raised.value)
     assert text.startswith(f"unknown number format {name!r}")
-    assert text.endswith(f" Allowed: {', '.join(NAMES)}, or 'package.module:Name'")
+    assert text.endswith(
+        f" Allowed: {', '.join(NAMES)}, power<b>p<P>, codebook (with levels), or 'package.module:Name'"
+    )
     head = text.partition(" Allowed")[0]
     if near is None:
         assert head == f"unknown number format {name!r}."

@@ -11,12 +11,14 @@ with Q_m the grid scaled for absmax m. Both integrals are sums over fine grids i
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 
-from qtrain.quant import QuantSpec, fake_quantize
+from qtrain.quant import QuantSpec, fake_quantize, get_format
+from qtrain.quant.ranges import gaussian_clip
 
 DRAWS = 2**18
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -32,12 +34,26 @@ def float_levels(exponent: int, mantissa: int, bias: int, largest: float) -> np.
     return np.unique(np.concatenate([-positive, positive]))
 
 
+def nf4_levels() -> np.ndarray:
+    end = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    halves = [[NormalDist().inv_cdf(p) for p in np.linspace(end, 0.5, n)] for n in (9, 8)]
+    levels = np.unique(np.concatenate([halves[0], -np.array(halves[1])]).round(12))
+    return levels / levels[-1]
+
+
 LEVELS = {
     **{f"int{b}": np.arange(-(2 ** (b - 1)), 2 ** (b - 1), dtype=float) for b in (2, 3, 4, 8)},
     **{f"midrise{b}": np.arange(2**b) - (2**b - 1) / 2 for b in (1, 2, 4)},
     "e2m1": np.unique(np.concatenate([-E2M1, E2M1])),
     "e4m3": float_levels(4, 3, 7, 448),
     "e5m2": float_levels(5, 2, 15, 57344),
+    "e3m4": float_levels(3, 4, 3, 15.5),
+    "e2m3": float_levels(2, 3, 1, 7.5),
+    "e3m2": float_levels(3, 2, 3, 28),
+    "nf4": nf4_levels(),
+    "sign": np.array([-1.0, 1.0]),
+    "ternary": np.array([-1.0, 0.0, 1.0]),
+    **{f"power{b}": (np.arange(-n, n + 1) / n) ** 3 for b, n in ((3, 3), (4, 7), (8, 127))},
     "dynamic8": np.unique(
         [0.0, 1.0]
         + [
@@ -50,14 +66,26 @@ LEVELS = {
 }
 
 
-def nearest(v: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, v)]
+def nearest(v: np.ndarray, levels: np.ndarray, power: float = 1.0) -> np.ndarray:
+    """power: a power-law format decides in y = sign(x) |x|^p."""
+    y = np.sign(levels) * np.abs(levels) ** power
+    between = (y[1:] + y[:-1]) / 2
+    return levels[np.searchsorted(np.sign(between) * np.abs(between) ** (1 / power), v)]
+
+
+def rounded(v: np.ndarray, name: str) -> np.ndarray:
+    return nearest(v, LEVELS[name], 1 / 3 if name.startswith("power") else 1.0)
 
 
 def scale_of(m: float, name: str, scale_format: str) -> float:
     top = LEVELS[name][-1]
     if scale_format == "e8m0":
         return 2.0 ** (math.floor(math.log2(m)) - math.floor(math.log2(top)))
+    if scale_format == "e8m0_prescale":
+        power = math.floor(math.log2(top))
+        return 2.0 ** (math.floor(math.log2(m)) - power) * 2.0 ** (power + 1) / top
+    if scale_format == "e8m0_down":
+        return 2.0 ** math.floor(math.log2(m / top))
     if scale_format == "e8m0_ceil":
         return 2.0 ** math.ceil(math.log2(m / top))
     return m / top
@@ -76,9 +104,9 @@ def expected(name: str, n: int, scale_format: str = "float32") -> float:
             continue
         scale = scale_of(m, name, scale_format)
         inside = np.abs(z) < m
-        error = (nearest(z[inside] / scale, LEVELS[name]) * scale - z[inside]) ** 2
+        error = (rounded(z[inside] / scale, name) * scale - z[inside]) ** 2
         others = float((error * density[inside]).sum()) * (z[1] - z[0]) / mass
-        ends = nearest(np.array([m, -m]) / scale, LEVELS[name]) * scale
+        ends = rounded(np.array([m, -m]) / scale, name) * scale
         largest = float(np.mean((ends - [m, -m]) ** 2))
         total += p * (largest + (n - 1) * others) / n
     return total * (ms[1] - ms[0])
@@ -116,6 +144,21 @@ ABSMAX = [
     ("e4m3", 32, "e8m0", 30.67),
     ("e4m3", 32, "e8m0_ceil", 31.52),
     ("int8", 32, "e8m0_ceil", 41.61),
+    ("e3m4", 128, "float32", 37.92),
+    ("e2m3", 32, "e8m0", 30.95),
+    ("e2m3", 32, "e8m0_ceil", 30.96),
+    ("e3m2", 32, "e8m0", 25.37),
+    ("e3m2", 32, "e8m0_ceil", 25.54),
+    ("e5m2", 32, "e8m0_ceil", 25.54),
+    ("e2m1", 32, "e8m0_prescale", 18.58),
+    ("e2m1", 32, "e8m0_down", 13.84),
+    ("nf4", 64, "float32", 20.73),
+    ("nf4", 1024, "float32", 19.64),
+    ("sign", 64, "float32", -5.74),
+    ("ternary", 64, "float32", 2.88),
+    ("power3", 64, "float32", 8.58),
+    ("power4", 128, "float32", 16.04),
+    ("power8", 128, "float32", 41.29),
 ]
 
 
@@ -135,7 +178,17 @@ def test_absmax(name, n, scale_format, want):
 
 
 @pytest.mark.parametrize(
-    ("name", "want"), [("int4", 16.1), ("e2m1", 18.5), ("int8", 41.2), ("e4m3", 31.5), ("e5m2", 25.6)]
+    ("name", "want"),
+    [
+        ("int4", 16.1),
+        ("e2m1", 18.5),
+        ("nf4", 19.2),
+        ("power4", 15.0),
+        ("int8", 41.2),
+        ("e3m4", 37.6),
+        ("e4m3", 31.5),
+        ("e5m2", 25.6),
+    ],
 )
 def test_rows_of_4096(name, want):
     """A weight's row of that length: the usual numbers of per-channel rounding of Gaussian weights."""
@@ -150,7 +203,22 @@ def test_orderings():
 
     assert sqnr("e2m1", "row") > sqnr("int4", "row") + 2
     assert sqnr("int4", "group:32") > sqnr("e2m1", "group:32") + 0.2
-    assert sqnr("int8", "row") > sqnr("e4m3", "row") + 5 > sqnr("e5m2", "row") + 10
+    assert sqnr("int8", "row") > sqnr("e3m4", "row") + 3
+    assert sqnr("e3m4", "row") > sqnr("e4m3", "row") + 5 > sqnr("e5m2", "row") + 10
+
+
+@pytest.mark.parametrize(("name", "heavy"), [("power4", 8.0), ("int4", 3.0), ("nf4", 5.0)])
+def test_the_power_law_is_for_heavy_tails(name, heavy):
+    """Rows of 4096 of Student's t with 3 degrees: the power law keeps over 8 dB, the others lose their levels."""
+    generator = torch.Generator().manual_seed(0)
+    normal, chi = torch.randn(64, 4096, generator=generator), torch.randn(3, 64, 4096, generator=generator)
+    x = normal / chi.square().mean(0).sqrt()
+    y = fake_quantize(x, QuantSpec(format=name))
+    sqnr = decibels(float((y - x).double().square().sum() / x.double().square().sum()))
+    power = fake_quantize(x, QuantSpec(format="power4"))
+    best = decibels(float((power - x).double().square().sum() / x.double().square().sum()))
+    assert sqnr > heavy
+    assert name == "power4" or best > sqnr + 2
 
 
 # The mean squared error of the best uniform quantizer of N levels, Max 1960, table II, and of fixed grids by the
@@ -164,14 +232,19 @@ def test_orderings():
         ("int4", 2.37026, 0.01186),
         ("int8", 3.90723, None),
         ("e2m1", 2.92248, None),
+        ("sign", 0.79788, 0.3634),
+        ("ternary", 1.22401, 0.1902),  # Max 1960, three levels
+        ("nf4", None, None),
+        ("power4", None, None),
         ("e4m3", 4.65577, None),
     ],
 )
 def test_gaussian_clip(name, k, want):
-    levels = LEVELS[name] * (k / LEVELS[name][-1])
+    k = k or gaussian_clip(get_format(name))  # held to a search of its own in test_ranges
+    scale = k / LEVELS[name][-1]
     z = np.linspace(-8, 8, 160_001)
     density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    quadrature = float(((nearest(z, levels) - z) ** 2 * density).sum()) * (z[1] - z[0])
+    quadrature = float(((rounded(z / scale, name) * scale - z) ** 2 * density).sum()) * (z[1] - z[0])
     if want is not None:
         assert quadrature == pytest.approx(want, rel=2e-3)
     spec = QuantSpec(format=name, granularity="tensor", clip="gaussian")
@@ -204,6 +277,40 @@ def test_nvfp4():
     want = float(np.sum((y - x) ** 2) / np.sum(x * x))
     assert decibels(measured(QuantSpec.parse("nvfp4"), 256)) == pytest.approx(decibels(want), abs=0.1)
     assert decibels(want) == pytest.approx(20.4, abs=0.4)
+
+
+def test_four_six():
+    """Of each block of 16 the scale e4m3(amax / 6 / s_t) s_t or e4m3(amax / 4 / s_t) s_t, s_t = amax / (6 * 256)."""
+    x = np.random.default_rng(0).standard_normal((8192, 16)).astype(np.float32)
+    amax = np.abs(x).max(1, keepdims=True)
+    tensor_scale = amax.max() / (6 * 256)
+    results = []
+    for target in (6, 4):
+        scale = nearest(amax / target / tensor_scale, LEVELS["e4m3"]) * tensor_scale
+        results.append(nearest(x / scale, LEVELS["e2m1"]) * scale)
+    errors = [((y - x) ** 2).sum(1) for y in results]
+    want = np.where((errors[1] < errors[0])[:, None], results[1], results[0])
+    got = fake_quantize(torch.from_numpy(x), QuantSpec.parse("nvfp4_four_six")).numpy()
+    same = np.isclose(got, want, rtol=1e-5, atol=1e-7).all(1)
+    assert same.mean() > 0.999  # thresholds in float64 and float32
+    assert 0.3 < (errors[1] < errors[0]).mean() < 0.7
+    plain = float(((results[0] - x) ** 2).sum() / (x * x).sum())
+    chosen = float(((got - x) ** 2).sum() / (x * x).sum())
+    assert decibels(chosen) - decibels(plain) == pytest.approx(0.75, abs=0.15)
+
+
+def test_absmean_is_bitnet_s_ternary():
+    """g * clip(round(W / g), -1, 1), g = mean |W| (arXiv 2402.17764, equations 1 to 3)."""
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)).double()
+    g = w.abs().mean()
+    want = g * (w / g).round().clamp(-1, 1)
+    got = fake_quantize(w.float(), QuantSpec.parse("ternary_tensor_absmean")).double()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    z, k = np.linspace(-8, 8, 160_001), math.sqrt(2 / math.pi)
+    density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    quadrature = float(((rounded(z / k, "ternary") * k - z) ** 2 * density).sum()) * (z[1] - z[0])
+    error = float((got - w).square().sum() / w.square().sum())
+    assert decibels(error) == pytest.approx(decibels(quadrature), abs=0.1)
 
 
 def test_clips_buy_what_they_should():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import qtrain.quant
-from qtrain.quant import granularity, qtensor, recipe, spec, ste, transforms
+from qtrain.quant import granularity, packing, qtensor, recipe, spec, ste, transforms
 
 HOMES = {
     granularity: ["Granularity"],
@@ -12,15 +12,14 @@ HOMES = {
         "Quantized",
         "dequantize",
         "dequantize_values",
-        "pack",
         "quantize",
         "quantize_values",
-        "unpack",
     ],
     recipe: ["DgradRecipe", "FpropRecipe", "LinearRecipe", "ModelRecipe", "Operand", "Rule", "WgradRecipe"],
+    packing: ["pack", "unpack"],
     spec: ["QuantSpec"],
     ste: ["fake_quantize"],
-    transforms: ["Transform"],
+    transforms: ["Hadamard", "Transform"],
     qtrain.quant.formats: ["NumberFormat", "get_format"],
 }
 

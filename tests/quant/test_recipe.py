@@ -9,11 +9,11 @@ import pytest
 from qtrain.quant import (
     DgradRecipe,
     FpropRecipe,
+    Hadamard,
     LinearRecipe,
     ModelRecipe,
     QuantSpec,
     Rule,
-    Transform,
     WgradRecipe,
 )
 from qtrain.quant.recipe import GEMMS, as_operand
@@ -109,21 +109,21 @@ def test_defaults_are_high_precision():
 @pytest.mark.parametrize("gemm", GEMMS)
 def test_transforms(gemm):
     cls = CLASSES[gemm]
-    assert cls(transform="hadamard:32").transform == Transform(32)
-    assert cls(transform="rht:16").transform == Transform(16, True)
-    assert cls(transform=Transform(8)).transform == Transform(8)
+    assert cls(transform="hadamard:32").transform == Hadamard(32)
+    assert cls(transform="rht:16").transform == Hadamard(16, True)
+    assert cls(transform=Hadamard(8)).transform == Hadamard(8)
     assert cls(transform="none").transform is None
     assert cls(transform=None).transform is None
     with pytest.raises(ValueError, match="transform 'hadamard:3': allowed are"):
         cls(transform="hadamard:3")
-    assert cls(transform={"block": 8, "randomized": True}).transform == Transform(8, True)
-    with pytest.raises(ValueError, match=r"^Transform: unknown size; allowed are block, randomized$"):
+    assert cls(transform={"block": 8, "randomized": True}).transform == Hadamard(8, True)
+    with pytest.raises(ValueError, match=r"^Hadamard: unknown size; allowed are block, randomized$"):
         cls(transform={"size": 8})
     for value, name in ((5, "int"), (["rht:4"], "list")):
         with pytest.raises(TypeError, match="transform") as raised:
             cls(transform=value)
         assert str(raised.value) == (
-            f"{gemm}.transform={value!r}: expected none, hadamard:B or rht:B, got {name}"
+            f"{gemm}.transform={value!r}: expected none, hadamard:B, rht:B or package.module:Name, got {name}"
         )
 
 
@@ -135,7 +135,7 @@ def test_codes_of_the_forward_cannot_be_transformed(gemm, field):
         f"{gemm}.transform='rht:32' with an operand 'fprop': codes of the forward cannot be transformed again; use a spec there"
     )
     assert CLASSES[gemm](**{field: "fprop", "transform": "none"}).transform is None
-    assert CLASSES[gemm](**{field: "int8", "transform": "rht:32"}).transform == Transform(32, True)
+    assert CLASSES[gemm](**{field: "int8", "transform": "rht:32"}).transform == Hadamard(32, True)
 
 
 # --- a linear layer ---------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_from_plain_mappings():
         rules=(
             Rule(
                 pattern="*.mlp.*",
-                recipe=LinearRecipe(fprop=FpropRecipe(weight=INT4, transform=Transform(16))),
+                recipe=LinearRecipe(fprop=FpropRecipe(weight=INT4, transform=Hadamard(16))),
             ),
             Rule(pattern="*.0.*", recipe=None),
         ),

@@ -20,6 +20,26 @@ PROFILE = settings(deadline=None, derandomize=True, max_examples=80)
 PLUGIN = CodebookFormat("thirds", (-1.0, 0.0, 1.0))
 
 
+WORDS = [
+    "sr",
+    "asym",
+    "mse",
+    "gaussian",
+    "clipped",
+    "trust",
+    "seq",
+    "absmean",
+    "four_six",
+    "floor",
+    "ceil",
+    "down",
+    "prescale",
+    "learned",
+    "static",
+    "delayed",
+]
+
+
 def fields_of(spec: QuantSpec) -> dict[str, object]:
     return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
 
@@ -33,6 +53,7 @@ DEFAULTS = {
     "rounding": "nearest",
     "estimator": "ste",
     "min_scale": 2.0**-100,
+    "levels": (),
 }
 
 
@@ -41,12 +62,15 @@ def test_defaults():
 
 
 def test_the_allowed_words():
-    assert SCALE_FORMATS == ("float32", "e8m0", "e8m0_ceil", "e4m3")
+    assert SCALE_FORMATS == ("float32", "e8m0", "e8m0_ceil", "e8m0_down", "e8m0_prescale", "e4m3")
     assert ROUNDINGS == ("nearest", "stochastic")
-    assert ESTIMATORS == ("ste", "clipped", "trust")
-    assert CLIPS == "absmax, percentile:P, mse, rms:K, gaussian"
-    assert list(MODIFIERS) == ["sr", "asym", "mse", "gaussian", "clipped", "trust"]
-    assert list(LAYOUTS) == ["mxfp8", "mxfp4", "mxint8", "nvfp4"]
+    assert ESTIMATORS == ("ste", "clipped", "trust", "seq")
+    assert CLIPS == (
+        "absmax, percentile:P, mse, rms:K, gaussian, absmean:K, four_six, fixed:A, learned, static:N, delayed:H, "
+        "package.module:Name"
+    )
+    assert list(MODIFIERS) == WORDS
+    assert list(LAYOUTS) == ["mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e3m2", "mxfp4", "mxint8", "nvfp4"]
 
 
 PARSED = {
@@ -91,6 +115,41 @@ PARSED = {
         "tensor_scale": True,
     },
     "mxfp4_row": {"format": "e2m1", "granularity": "row", "scale_format": "e8m0"},
+    "mxfp8_floor": {"format": "e4m3", "granularity": "group:32", "scale_format": "e8m0"},
+    "mxfp8_e5m2_sr": {
+        "format": "e5m2",
+        "granularity": "group:32",
+        "scale_format": "e8m0_ceil",
+        "rounding": "stochastic",
+    },
+    "mxfp6": {"format": "e2m3", "granularity": "group:32", "scale_format": "e8m0_ceil"},
+    "mxfp6_e3m2_floor": {"format": "e3m2", "granularity": "group:32", "scale_format": "e8m0"},
+    "mxfp4_prescale_sr": {
+        "format": "e2m1",
+        "granularity": "group:32",
+        "scale_format": "e8m0_prescale",
+        "rounding": "stochastic",
+    },
+    "nvfp4_four_six": {
+        "format": "e2m1",
+        "granularity": "group:16",
+        "scale_format": "e4m3",
+        "tensor_scale": True,
+        "clip": "four_six",
+    },
+    "e2m1_four_six_group16_clipped": {
+        "format": "e2m1",
+        "granularity": "group:16",
+        "clip": "four_six",
+        "estimator": "clipped",
+    },
+    "ternary_tensor_absmean": {"format": "ternary", "granularity": "tensor", "clip": "absmean:1"},
+    "power4p0.5_group32": {"format": "power4p0.5", "granularity": "group:32"},
+    "int4_learned": {"format": "int4", "clip": "learned", "estimator": "clipped"},
+    "ternary_learned_seq": {"format": "ternary", "clip": "learned", "estimator": "seq"},
+    "int8_tensor_static": {"format": "int8", "granularity": "tensor", "clip": "static:16"},
+    "int8_tensor_static3": {"format": "int8", "granularity": "tensor", "clip": "static:3"},
+    "e4m3_tensor_delayed32": {"format": "e4m3", "granularity": "tensor", "clip": "delayed:32"},
     "int4_row_group8": {"format": "int4", "granularity": "group:8"},
 }
 
@@ -156,26 +215,59 @@ def test_a_plugin_is_never_split():
     [
         (
             {"scale_format": "e8m1"},
-            "scale_format='e8m1': allowed are float32, e8m0, e8m0_ceil, e4m3; did you mean e8m0?",
+            "scale_format='e8m1': allowed are float32, e8m0, e8m0_ceil, e8m0_down, e8m0_prescale, e4m3; did you mean e8m0?",
         ),
-        ({"scale_format": "?"}, "scale_format='?': allowed are float32, e8m0, e8m0_ceil, e4m3"),
+        (
+            {"scale_format": "?"},
+            "scale_format='?': allowed are float32, e8m0, e8m0_ceil, e8m0_down, e8m0_prescale, e4m3",
+        ),
         (
             {"rounding": "stochastik"},
             "rounding='stochastik': allowed are nearest, stochastic; did you mean stochastic?",
         ),
-        ({"estimator": "clip"}, "estimator='clip': allowed are ste, clipped, trust; did you mean clipped?"),
-        ({"estimator": "xyz"}, "estimator='xyz': allowed are ste, clipped, trust"),
-        ({"clip": "max"}, "clip='max': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
-        ({"clip": "rms"}, "clip='rms': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
-        ({"clip": "rms:"}, "clip='rms:': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
-        ({"clip": "rms:."}, "clip='rms:.': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
-        ({"clip": "rms:1.2.3"}, "clip='rms:1.2.3': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
-        ({"clip": "rms:-1"}, "clip='rms:-1': allowed are absmax, percentile:P, mse, rms:K, gaussian"),
+        (
+            {"estimator": "clip"},
+            "estimator='clip': allowed are ste, clipped, trust, seq, package.module:Name; did you mean clipped?",
+        ),
+        ({"estimator": "xyz"}, "estimator='xyz': allowed are ste, clipped, trust, seq, package.module:Name"),
+        ({"clip": "max"}, f"clip='max': allowed are {CLIPS}"),
+        ({"clip": "rms"}, f"clip='rms': allowed are {CLIPS}"),
+        ({"clip": "rms:"}, f"clip='rms:': allowed are {CLIPS}"),
+        ({"clip": "rms:."}, f"clip='rms:.': allowed are {CLIPS}"),
+        ({"clip": "rms:1.2.3"}, f"clip='rms:1.2.3': allowed are {CLIPS}"),
+        ({"clip": "rms:-1"}, f"clip='rms:-1': allowed are {CLIPS}"),
         (
             {"clip": "percentile:x"},
-            "clip='percentile:x': allowed are absmax, percentile:P, mse, rms:K, gaussian",
+            f"clip='percentile:x': allowed are {CLIPS}",
         ),
-        ({"clip": "rms:0"}, "clip='rms:0': the factor must be positive, for example rms:2.5"),
+        ({"clip": "absmean:0"}, "clip='absmean:0': the number must be positive, for example absmean:2.5"),
+        ({"clip": "fixed:0"}, "clip='fixed:0': the number must be positive, for example fixed:2.5"),
+        ({"clip": "fixed"}, f"clip='fixed': allowed are {CLIPS}"),
+        ({"clip": "delayed:0"}, "clip='delayed:0': needs a whole number of steps, for example delayed:16"),
+        ({"clip": "static:1.5"}, "clip='static:1.5': needs a whole number of steps, for example static:16"),
+        ({"clip": "four_six"}, "clip='four_six' with format 'int4': 4 and 6 are levels of e2m1"),
+        (
+            {"clip": "delayed:4", "scale_format": "e4m3", "tensor_scale": True},
+            "clip='delayed:4' with tensor_scale=True: a range with state has one scale a block; use absmax",
+        ),
+        (
+            {"clip": "learned", "scale_format": "e8m0"},
+            "clip='learned' with scale_format='e8m0': the step is learned as a float32 number",
+        ),
+        (
+            {"symmetric": False, "clip": "learned"},
+            "clip='learned' is symmetric; with symmetric=False use absmax, percentile:P or mse",
+        ),
+        ({"levels": [0, 1]}, "levels with format 'int4': they belong to format codebook"),
+        (
+            {"format": "codebook"},
+            "format 'codebook' needs its levels: a mapping {format: codebook, levels: [-1, 0, 0.5, 1]}",
+        ),
+        (
+            {"format": "codebook", "levels": [1, 0]},
+            "codebook 'codebook' needs 2 to 256 strictly increasing levels, got 2",
+        ),
+        ({"clip": "rms:0"}, "clip='rms:0': the number must be positive, for example rms:2.5"),
         (
             {"clip": "percentile:49.9"},
             "clip='percentile:49.9': the percentile must lie in 50..100, for example percentile:99.9",
@@ -273,7 +365,7 @@ def test_unknown_words(text, word, near):
     message = str(raised.value)
     head = (
         f"{word!r} in the spec {text!r}: allowed are a granularity (tensor, row, column, group<G>, block<R>x<C>) "
-        "and modifiers (sr, asym, mse, gaussian, clipped, trust)"
+        f"and modifiers ({', '.join(WORDS)}, static<N>, delayed<H>)"
     )
     assert message.startswith(head)
     if near is not None:
@@ -311,7 +403,7 @@ def test_of():
         QuantSpec.of({"format": "int4", "granularty": "row"})
     assert str(raised.value) == (
         "field of a spec='granularty': allowed are format, granularity, symmetric, clip, scale_format, tensor_scale, "
-        "rounding, estimator, min_scale; did you mean granularity?"
+        "rounding, estimator, min_scale, levels; did you mean granularity?"
     )
     for value, name in ((3, "int"), (None, "NoneType"), (["int4"], "list")):
         with pytest.raises(TypeError) as wrong:
@@ -394,3 +486,22 @@ def test_frozen_and_hashable():
 )
 def test_str(spec, text):
     assert str(spec) == text
+
+
+def test_a_codebook_of_the_user():
+    spec = QuantSpec.of({"format": "codebook", "levels": [-1, -0.25, 0, 2], "granularity": "tensor"})
+    assert spec.levels == (-1.0, -0.25, 0.0, 2.0)
+    assert spec.number_format.levels().tolist() == [-1.0, -0.25, 0.0, 2.0]
+    assert spec.bits == 2
+    assert str(spec) == "codebook[-1 -0.25 0 2] tensor"
+    assert hash(spec) == hash(dataclasses.replace(spec, levels=[-1, -0.25, 0, 2]))
+    assert spec != dataclasses.replace(spec, levels=(-1.0, 0.0, 2.0))
+
+
+def test_which_ranges_have_a_state():
+    stateful = {
+        clip: QuantSpec(format="int8", clip=clip).stateful for clip in ("absmax", "rms:2", "mse", "fixed:1")
+    }
+    assert not any(stateful.values())
+    assert all(QuantSpec(format="int8", clip=clip).stateful for clip in ("learned", "static", "delayed:3"))
+    assert QuantSpec(format="int8", clip="delayed").clip_kind_and_value == ("delayed", 16.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtrain.quant import Transform
+from qtrain.quant import Hadamard, Transform
 
 BLOCKS = [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
@@ -27,7 +27,7 @@ def signs_of(k: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_matrix(block):
     """The rows of the identity give the rows of H: exact signs, one rounding of 1/sqrt(B)."""
-    h = Transform(block).forward(torch.eye(block))
+    h = Hadamard(block).forward(torch.eye(block))
     assert h.dtype == torch.float32
     if block <= 256:
         assert torch.equal(h, definition(block).to(torch.float32))
@@ -38,7 +38,7 @@ def test_the_matrix(block):
 @pytest.mark.parametrize("randomized", [False, True])
 @pytest.mark.parametrize("block", [2, 8, 64])
 def test_forward_and_inverse_against_the_definition(block, randomized):
-    transform = Transform(block, randomized)
+    transform = Hadamard(block, randomized)
     k = 3 * block
     x = data(5, k)
     signs = signs_of(k) if randomized else None
@@ -56,7 +56,7 @@ def test_forward_and_inverse_against_the_definition(block, randomized):
 @pytest.mark.parametrize("randomized", [False, True])
 def test_the_product_is_kept_if_both_operands_share_it(randomized):
     a, b = data(4, 96), data(6, 96, seed=1)
-    transform = Transform(32, randomized)
+    transform = Hadamard(32, randomized)
     signs = signs_of(96) if randomized else None
     product = transform.forward(a, signs) @ transform.forward(b, signs).t()
     assert torch.allclose(product, a @ b.t(), atol=2e-5)
@@ -66,7 +66,7 @@ def test_the_product_is_kept_if_both_operands_share_it(randomized):
 
 
 def test_leading_dimensions_and_dtype():
-    transform = Transform(4)
+    transform = Hadamard(4)
     x = data(2, 3, 8)
     y = transform.forward(x)
     assert y.shape == x.shape
@@ -81,21 +81,21 @@ def test_leading_dimensions_and_dtype():
 def test_an_outlier_is_spread_over_its_block():
     x = torch.zeros(1, 256)
     x[0, 5] = 16.0
-    y = Transform(128).forward(x)
+    y = Hadamard(128).forward(x)
     assert torch.allclose(y[0, :128].abs(), torch.full((128,), 16 / 128**0.5))
     assert not y[0, 128:].any()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_parse(block):
-    assert Transform.parse(f"hadamard:{block}") == Transform(block)
-    assert Transform.parse(f"rht:{block}") == Transform(block, randomized=True)
+    assert Transform.parse(f"hadamard:{block}") == Hadamard(block)
+    assert Transform.parse(f"rht:{block}") == Hadamard(block, randomized=True)
     assert Transform.parse(f"hadamard:{block}").randomized is False
     assert Transform.parse(f"rht:{block}").randomized is True
     for text in (f"hadamard:{block}", f"rht:{block}"):
         assert str(Transform.parse(text)) == text
-    assert Transform(block) != Transform(block, True)
-    assert hash(Transform(block)) == hash(Transform.parse(f"hadamard:{block}"))
+    assert Hadamard(block) != Hadamard(block, True)
+    assert hash(Hadamard(block)) == hash(Transform.parse(f"hadamard:{block}"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_malformed(text):
         Transform.parse(text)
     assert (
         str(raised.value)
-        == f"transform {text!r}: allowed are hadamard:B and rht:B, B a power of two from 2 to 1024"
+        == f"transform {text!r}: allowed are hadamard:B and rht:B, B a power of two from 2 to 1024, or package.module:Name"
     )
 
 
@@ -132,7 +132,7 @@ def test_blocks_are_checked_at_construction(block):
     with pytest.raises(
         ValueError, match=rf"^a Hadamard block of {block}: allowed are powers of two from 2 to 1024$"
     ):
-        Transform(block)
+        Hadamard(block)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_a_block_that_does_not_divide_names_the_largest_that_does(contraction, r
 
 def test_the_largest_remedy():
     with pytest.raises(ValueError, match="use a block of 512 or"):
-        Transform(1024).check(512 * 3, "x")
+        Hadamard(1024).check(512 * 3, "x")
     # 1024 itself fits 3072, so it is what a longer block would be told, were there one
-    Transform(1024).check(3072, "x")
+    Hadamard(1024).check(3072, "x")
 
 
 @pytest.mark.parametrize("contraction", [128, 256, 384])
 def test_a_block_that_divides(contraction):
-    assert Transform(128).check(contraction, "x") is None
+    assert Hadamard(128).check(contraction, "x") is None
 
 
 def test_signs_exactly_when_randomized():
@@ -172,13 +172,13 @@ def test_signs_exactly_when_randomized():
         with pytest.raises(
             ValueError, match=r"^the transform rht:4 needs signs; rht:4 is the randomized one$"
         ):
-            getattr(Transform(4, True), method)(x)
+            getattr(Hadamard(4, True), method)(x)
         with pytest.raises(
             ValueError, match=r"^the transform hadamard:4 takes no signs; rht:4 is the randomized one$"
         ):
-            getattr(Transform(4), method)(x, torch.ones(8))
+            getattr(Hadamard(4), method)(x, torch.ones(8))
 
 
 def test_frozen():
     with pytest.raises(AttributeError):
-        Transform(4).block = 8  # type: ignore[misc]
+        Hadamard(4).block = 8  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -41,6 +42,15 @@ def test_validations_come_when_due_and_at_the_end(finished):
     assert rows[-1]["val_loss"] == json.loads((finished[0] / "summary.json").read_text())["val_loss"]
 
 
+def test_the_losses_of_the_windows_are_kept(finished):
+    losses = np.load(finished[0] / "window_losses.npy")
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert losses.shape == (summary["data"]["val_windows"],)
+    assert losses.dtype == np.float32
+    assert np.ptp(losses) > 0
+    assert losses.mean(dtype=np.float64) == pytest.approx(summary["val_loss"], rel=1e-12)
+
+
 def test_the_folder_is_complete(finished):
     folder, config = finished
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -52,6 +62,8 @@ def test_the_folder_is_complete(finished):
         "metrics.jsonl",
         "loss.png",
         "sample.txt",
+        "window_losses.npy",
+        "tokenizer/about.json",
         "summary.json",
         "verdict.json",
         "attempts.jsonl",

@@ -92,6 +92,22 @@ def test_resume_is_bitwise(configure, tmp_path, states):
     assert ("exp_avg" in kinds, "exp_avg.codes" in kinds) == (True, states[0] != "none")
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_fake", "torch_adamw", "bnb_adamw8bit", "bnb_adamw32bit", "bnb_lion8bit"]
+)
+def test_resume_is_bitwise_with_every_optimizer(configure, tmp_path, optimizer):
+    overrides = [*HISTORY, NO_CENSUS, "steps=8", "checkpoint_every_steps=3", "eval_every_steps=4", "model.width=64",
+                 "model.heads=2", f"optimizer={optimizer}"]  # fmt: skip
+    _, straight = train(assemble(configure(tmp_path, *overrides, "run=straight")))
+    resumed = crash_then_resume(configure, tmp_path, overrides, at=5)
+    assert_same(straight, resumed)
+    held = state(straight)
+    bytes_ = {name for name, t in held.items() if t.dtype == torch.uint8 and "optimizer" in name}
+    assert bool(bytes_) == optimizer.endswith("8bit")
+    summary = json.loads((straight / "summary.json").read_text())["optimizer_state_bytes"]
+    assert (summary["total"] < 0.8 * summary["as_float32"]) == optimizer.endswith("8bit")
+
+
 SMALL = [
     "steps=6",
     "eval_every_steps=2",

@@ -53,6 +53,11 @@ class NumberFormat(ABC):
         decoded = self.decode(torch.arange(2**self.bits, dtype=torch.uint8))
         return torch.unique(decoded[torch.isfinite(decoded)])
 
+    def thresholds(self) -> Tensor:
+        """Where rounding to nearest changes from each level to the next: float32, one fewer than levels."""
+        levels = self.levels()
+        return (levels[1:] + levels[:-1]) / 2
+
     def unsigned(self) -> NumberFormat:
         """The format of equal bits for non-negative numbers; raises ValueError where there is none."""
         raise ValueError(

@@ -2,7 +2,10 @@
 
     e4m3  bias 7,  max 448    (OCP FP8 "fn": no infinity, one NaN a sign; arXiv 2209.05433)
     e5m2  bias 15, max 57344  (IEEE-like: the top exponent is infinity and NaN)
-    e2m1  bias 1,  max 6      (OCP MX v1.0: no infinity, no NaN: all 16 codes are numbers)
+    e3m4  bias 3,  max 15.5   (IEEE-like as well; no hardware multiplies it: emulated)
+    e3m2  bias 3,  max 28     (OCP MX v1.0, FP6: no infinity, no NaN: all 64 codes are numbers)
+    e2m3  bias 1,  max 7.5    (likewise)
+    e2m1  bias 1,  max 6      (OCP MX v1.0, FP4: all 16 codes are numbers)
 
 Rounding is to nearest, ties to even mantissa, saturating (a quantizer clips; it does not overflow). With
 p = 2^floor(log2 |v|), read off the bits of the float32, the grid around v has the step
@@ -28,7 +31,7 @@ class FloatFormat(NumberFormat):
     mantissa: int
     bias: int
     largest: float
-    exact_in_bf16 = True  # at most 3 mantissa bits, exponents within bfloat16's
+    exact_in_bf16 = True  # at most 4 mantissa bits, exponents within bfloat16's
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -82,4 +85,7 @@ class FloatFormat(NumberFormat):
 
 E4M3 = FloatFormat(4, 3, 7, 448.0)
 E5M2 = FloatFormat(5, 2, 15, 57344.0)
+E3M4 = FloatFormat(3, 4, 3, 15.5)
+E3M2 = FloatFormat(3, 2, 3, 28.0)
+E2M3 = FloatFormat(2, 3, 1, 7.5)
 E2M1 = FloatFormat(2, 1, 1, 6.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -35,8 +36,8 @@ def test_the_constants():
         ("dynamic4_unsigned", 4, 0.0, 1.0, 16, False),
         ("dynamic8", 8, -0.99296875, 1.0, 256, False),
         ("dynamic8_unsigned", 8, 0.0, 1.0, 256, False),
-        ("linear4_nozero", 4, 0.0625, 1.0, 16, False),
-        ("uneven", 3, -3.0, 4.0, 5, False),
+        ("linear4_nozero", 4, 0.0625, 1.0, 16, True),
+        ("uneven", 3, -3.0, 4.0, 5, True),
     ]
     # the last decade of dynamic<b> has 2^(b-2) (unsigned: 2^(b-1)) cells of 0.9 / that many
     assert get_format("dynamic8").widest_gap == pytest.approx(0.9 / 64)
@@ -201,3 +202,90 @@ def test_the_table_stays_out_of_the_repr():
     assert repr(UNEVEN) == "CodebookFormat(name='uneven')"
     assert hash(UNEVEN) == hash(CodebookFormat("uneven", UNEVEN.table))
     assert CodebookFormat("a", (0.0, 1.0)) != CodebookFormat("a", (0.0, 2.0))
+
+
+def test_nf4_by_the_quantile_construction():
+    """QLoRA, appendix E, by bisection on erf in float64: no inverse of the library's own."""
+
+    def quantile(p: float) -> float:
+        low, high = -10.0, 10.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (1 + math.erf(middle / math.sqrt(2))) / 2 < p else (low, middle)
+        return low
+
+    end = 0.9677083  # the paper's: the mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16)
+    assert end == pytest.approx((1 - 1 / 30 + 1 - 1 / 32) / 2, abs=1e-7)
+    positive = [quantile(p) for p in torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1].tolist()]
+    negative = [-quantile(p) for p in torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1].tolist()]
+    want = sorted([0.0, *positive, *negative])
+    nf4 = get_format("nf4")
+    assert list(nf4.table) == pytest.approx([x / want[-1] for x in want], abs=2e-7)
+    assert (nf4.bits, nf4.min, nf4.max, len(nf4.table)) == (4, -1.0, 1.0, 16)
+    assert 0.0 in nf4.table
+    # two numbers as printed there
+    assert nf4.table[1] == pytest.approx(-0.6961928009986877, abs=1e-7)
+    assert nf4.table[14] == pytest.approx(0.7229568362236023, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "p"), [("power4", 4, 1 / 3), ("power8", 8, 1 / 3), ("power3p0.5", 3, 0.5)]
+)
+def test_power_law_rounds_uniformly_in_y(name, bits, p):
+    """x -> y = sign(x) |x|^p -> round(y n) / n -> x, in float64; away from the thresholds, where float32 decides."""
+    grid, n = get_format(name), 2 ** (bits - 1) - 1
+    assert get_format(name).name == name
+    x = torch.linspace(-1.2, 1.2, 20011, dtype=torch.float64)
+    y = x.sign() * x.abs() ** p * n
+    clear = ((y.abs() % 1) - 0.5).abs() > 1e-4
+    y = y.round().clamp(-n, n) / n
+    want = y.sign() * y.abs() ** (1 / p)
+    got = grid.round(x.float()).double()
+    assert (got - want)[clear].abs().max() < 1e-6
+    assert clear.sum() > 19_000
+    assert grid.levels().numel() == 2**bits - 1
+    # and that is not the nearest level: thresholds lie below the midpoints
+    above = grid.thresholds()[n + 1 :]
+    levels = grid.levels()
+    assert bool((above < (levels[n + 1 : -1] + levels[n + 2 :]) / 2).all())
+
+
+def test_power_law_stochastic_rounding_is_unbiased_in_x():
+    grid = get_format("power4")
+    v = torch.linspace(-1, 1, 41)
+    noise = (torch.arange(4096) + 0.5) / 4096
+    mean = grid.round(v[:, None].expand(41, 4096), noise.expand(41, 4096)).mean(1)
+    assert (mean - v).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("power9p0.5", "9 bits"), ("power4p9", "p=9"), ("power4p0.01", "p=0.01")]
+)
+def test_power_laws_that_cannot_be(name, message):
+    with pytest.raises(
+        ValueError, match=f"power-law format of .*{message}.*: allowed are 2 to 8 bits and p from 0.1 to 4"
+    ):
+        get_format(name)
+
+
+def test_sign_and_ternary():
+    v = torch.tensor([-2.0, -0.6, -0.4, 0.4, 0.6, 2.0, NAN])
+    assert get_format("sign").round(v)[:-1].tolist() == [-1, -1, -1, 1, 1, 1]
+    assert get_format("ternary").round(v)[:-1].tolist() == [-1, -1, 0, 0, 1, 1]
+    assert (get_format("sign").bits, get_format("ternary").bits) == (1, 2)
+    assert get_format("ternary").exact_in_bf16
+    assert not get_format("nf4").exact_in_bf16
+
+
+@pytest.mark.parametrize(
+    ("levels", "boundaries", "message"),
+    [
+        ((-2.0, -1.0), None, "the last one positive"),
+        ((-1.0, INF), None, "finite"),
+        ((-1.0, 0.0, 1.0), (0.0,), "one boundary between each level and the next, got 1"),
+        ((-1.0, 0.0, 1.0), (-0.5, 1.5), "one boundary between"),
+    ],
+)
+def test_codebooks_that_cannot_be(levels, boundaries, message):
+    with pytest.raises(ValueError, match=message):
+        CodebookFormat("bad", levels, boundaries)

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.quant.formats.floating import E2M1, E4M3, E5M2, FloatFormat
+from qtrain.quant.formats.floating import E2M1, E2M3, E3M2, E3M4, E4M3, E5M2, FloatFormat
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=50)
 INF, NAN = float("inf"), float("nan")
-GRIDS = [E4M3, E5M2, E2M1]
+GRIDS = [E4M3, E5M2, E2M1, E3M4, E3M2, E2M3]
 CASTS = [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)]
 
 
@@ -52,9 +52,19 @@ def test_the_constants():
         ("e4m3", 8, -448.0, 448.0, 32.0, 253, True),  # 256 codes less two NaN and one of the two zeros
         ("e5m2", 8, -57344.0, 57344.0, 8192.0, 247, True),  # less six NaN, two infinities, one zero
         ("e2m1", 4, -6.0, 6.0, 2.0, 15, True),
+        ("e3m4", 8, -15.5, 15.5, 0.5, 223, True),  # less 30 NaN, two infinities, one zero
+        ("e3m2", 6, -28.0, 28.0, 4.0, 63, True),
+        ("e2m3", 6, -7.5, 7.5, 0.5, 63, True),
     ]
-    assert [(g.exponent, g.mantissa, g.bias) for g in GRIDS] == [(4, 3, 7), (5, 2, 15), (2, 1, 1)]
-    assert len(set(GRIDS)) == 3
+    assert [(g.exponent, g.mantissa, g.bias) for g in GRIDS] == [
+        (4, 3, 7),
+        (5, 2, 15),
+        (2, 1, 1),
+        (3, 4, 3),
+        (3, 2, 3),
+        (2, 3, 1),
+    ]
+    assert len(set(GRIDS)) == 6
 
 
 def test_e2m1_is_the_grid_of_the_mx_standard():

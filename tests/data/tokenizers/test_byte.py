@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtrain.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer
+from qtrain.data.tokenizers import ByteTokenizer
 
 
 @given(st.text())
@@ -33,11 +33,3 @@ def test_bytes_that_are_no_utf8_become_replacement_characters():
 def test_decode_refuses_foreign_ids(bad):
     with pytest.raises(ValueError, match=f"{bad}.*vocabulary"):
         ByteTokenizer().decode(np.array([1, bad]))
-
-
-def test_registry():
-    tokenizer = get_tokenizer("byte")
-    assert isinstance(tokenizer, Tokenizer)
-    assert tokenizer.name == "byte"
-    with pytest.raises(ValueError, match=r"'wordpiece'; allowed: .*byte"):
-        get_tokenizer("wordpiece")

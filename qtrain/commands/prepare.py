@@ -1,0 +1,74 @@
+"""qtrain prepare: from raw text to token shards, ahead of the run that reads them.
+
+``qtrain train`` with the same ``data`` finds them, and prepares by itself what it does not find.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from omegaconf import DictConfig
+
+from .train import plain
+
+CONFIG = "prepare"
+
+
+def _parts(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(source, tokenizer), neither of which has read any text."""
+    from qtrain.data.tokenizers import get_tokenizer
+    from qtrain.training.assembly import build
+
+    return build(config["data"]["source"]), get_tokenizer(config["data"]["tokenizer"])
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ValueError for values that cannot be right."""
+    _parts(plain(cfg))
+
+
+def run(cfg: DictConfig) -> int:
+    """Prepares, and prints the folder and what it holds. 2 where the source or the place does not allow it."""
+    from qtrain.data.prepare import prepare
+    from qtrain.data.progress import shown_progress
+    from qtrain.data.shard_writer import ShardWriteError
+    from qtrain.data.worker_pool import WorkerDied
+
+    data = plain(cfg)["data"]
+    source, tokenizer = _parts({"data": data})
+    try:
+        with shown_progress() as progress:
+            shards = prepare(
+                source,
+                tokenizer,
+                data["folder"],
+                val_fraction=data["val_fraction"],
+                num_workers=data["num_workers"],
+                progress=progress,
+            )
+    except (ValueError, FileNotFoundError, ImportError, ShardWriteError, WorkerDied) as error:
+        print(f"qtrain: {error}", file=sys.stderr)
+        return 2
+    print_summary(shards)
+    return 0
+
+
+def print_summary(shards: Any) -> None:
+    """The folder, and of each split tokens, documents and bytes."""
+    about, source = shards.manifest.tokenizer, shards.manifest.source
+    print(shards.directory)
+    print(
+        f"tokenizer  {about['name']}: {about['vocab_size']:,} ids as {shards.manifest.dtype}, end of text {about['eot_token']}"
+    )
+    for split in (shards.train, shards.val):
+        info = split.info
+        print(
+            f"{split.name:<9}  {info.tokens:,} tokens, {info.documents:,} documents, {info.text_bytes:,} bytes: "
+            f"{1 / split.tokens_per_byte:.2f} bytes a token"
+        )
+    sides = source["sides"]
+    print(
+        f"left out   {sides['exact_duplicate']:,} duplicates, {sides['near_duplicate']:,} near-duplicates of validation "
+        f"documents, {source['skipped']:,} that are no text"
+    )

@@ -1,0 +1,24 @@
+"""Text sources: where documents come from.
+
+A source yields ``Document(id, text)`` in one fixed order, as often as it is asked, and fingerprints what it
+yields. Preparation streams over a source several times and never holds it in memory, so a source of any size fits the
+same code.
+"""
+
+from .base import Document, FileSource, TextSource, fingerprint_documents
+from .huggingface import HuggingFaceSource
+from .jsonl import JsonLinesSource
+from .parquet import ParquetSource
+from .text import StdlibSource, TextFilesSource
+
+__all__ = [
+    "Document",
+    "FileSource",
+    "HuggingFaceSource",
+    "JsonLinesSource",
+    "ParquetSource",
+    "StdlibSource",
+    "TextFilesSource",
+    "TextSource",
+    "fingerprint_documents",
+]

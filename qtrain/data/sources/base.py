@@ -1,0 +1,115 @@
+"""What a source is, and sources that read local files."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qtrain.data.cache import RememberedDigests
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. ``id`` is unique within its source and independent of the machine."""
+
+    id: str
+    text: str
+
+
+class TextSource(Protocol):
+    """A finite sequence of documents in a deterministic order, never held in memory."""
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and reports: letters, digits, ``-`` and ``_``."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Ids of what the last complete pass left out because it is no text."""
+
+    def documents(self) -> Iterator[Document]:
+        """Begins again at the first document on each call."""
+
+    def fingerprint(self) -> str:
+        """Hex digest that changes whenever an id, a text or the order changes."""
+
+
+def fingerprint_documents(documents: Iterable[Document]) -> str:
+    """sha256 over all ids and texts, each preceded by its length so that no two sequences share a stream."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.id.encode("utf-8"), document.text.encode("utf-8")):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def matching_files(
+    paths: Sequence[str | Path], suffixes: Sequence[str], example: str
+) -> list[tuple[str, Path]]:
+    """(id, path) of files, of the files below folders that end in one of ``suffixes``, and of glob patterns, sorted by
+    id: the path relative to the deepest folder common to all. Raises FileNotFoundError where one of ``paths`` gives
+    nothing; example: a pattern, for its message.
+    """
+    found: set[Path] = set()
+    for pattern in paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = {p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file()}
+        elif path.is_file():
+            matches = {path}
+        else:
+            matches = {Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()}
+        if not matches:
+            raise FileNotFoundError(
+                f"no file matches {str(pattern)!r}; pass a file, a folder with {' or '.join(suffixes)} files, or a "
+                f"glob pattern such as '{example}'"
+            )
+        found |= {match.resolve() for match in matches}
+    folders = [file.parent.parts for file in found]
+    depth = 0
+    while all(len(f) > depth for f in folders) and len({f[depth] for f in folders}) == 1:
+        depth += 1
+    return sorted((Path(*file.parts[depth:]).as_posix(), file) for file in found)
+
+
+class FileSource:
+    """Documents out of a sorted list of (id, path).
+
+    The fingerprint is that of the files' bytes and of what decides how they are read; a file whose inode did not change
+    is not read for it (``RememberedDigests``).
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.skipped: tuple[str, ...] = ()
+
+    def _files(self) -> list[tuple[str, Path]]:
+        raise NotImplementedError
+
+    def _reading(self) -> dict[str, Any]:
+        """Settings that decide which documents a file gives, as JSON values."""
+        return {}
+
+    def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+        """The documents of a file; appends to ``skipped`` the ids of what is none."""
+        raise NotImplementedError
+
+    def documents(self) -> Iterator[Document]:
+        skipped: list[str] = []
+        for file_id, path in self._files():
+            yield from self._read(file_id, path, skipped)
+        self.skipped = tuple(skipped)
+
+    def fingerprint(self) -> str:
+        files = self._files()
+        digests = RememberedDigests([path for _, path in files]).get()
+        ids = [file_id for file_id, _ in files]
+        whole = [type(self).__name__, self._reading(), list(zip(ids, digests, strict=True))]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

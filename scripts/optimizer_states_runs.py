@@ -1,0 +1,198 @@
+"""The runs of the study of optimizer states: which arms there are, and how they are run, one process each.
+
+A run is ``qtrain train experiment=optimizer_states name=ARM run=seedS resume=auto ...``. One that was killed goes on from
+its checkpoint and one that completed is passed over, so that the study's own command is repeated after whatever happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtrain.training.run_folder import SUMMARY, VERDICT
+
+BASELINE, PLACEBO = "baseline", "placebo"
+EXPERIMENT = "optimizer_states"
+CPU_TIME = "study_cpu_seconds"  # a file in a run's folder: a number a line, one for each attempt
+
+
+@dataclass(frozen=True)
+class Arm:
+    """name: of the runs' folder. label: for the table. overrides: what it changes in the baseline."""
+
+    name: str
+    label: str
+    overrides: tuple[str, ...] = ()
+
+
+# Quantized in the forward, and the same operands again in the backward; gradients stay float32.
+_W8A8 = ("recipe=all_gemms", "w=int8_row", "a=int8_row", "g=none")
+
+
+def _activations(spec: str) -> tuple[str, ...]:
+    return ("recipe=all_gemms", "w=none", f"a={spec}", "g=none", "recipe.linear.dgrad.weight=none")
+
+
+# In order of importance: of a study that is broken off, the first seed's claims are there first.
+ARMS = (
+    Arm(BASELINE, "float32 everywhere"),
+    Arm("m2_int8_tensor", "m2 int8 linear, one scale a tensor", ("m2=int8_tensor",)),
+    Arm("m2_int8_row", "m2 int8 linear, a scale a row", ("m2=int8_row",)),
+    Arm("m2_dynamic8", "m2 dynamic 8-bit, blocks of 128", ("m2=dynamic8_group128",)),
+    Arm("m2_uint4", "m2 4-bit linear with zero, blocks of 128", ("m2=uint4_group128",)),
+    Arm("m2_linear4_nozero", "m2 4-bit linear without zero, blocks of 128", ("m2=linear4_nozero_group128",)),
+    Arm("a4_tensor", "activations int4, one scale a tensor", _activations("int4_tensor")),
+    Arm("a4_token", "activations int4, a scale a token", _activations("int4_row")),
+    Arm("w8a8", "weights and activations int8, a scale a row", _W8A8),
+    # The same sums in another order: what a difference means that has no cause at all
+    Arm(PLACEBO, "placebo: float32, two micro-batches a step", ("micro_batch_sequences=8",)),
+    Arm("m1_int4_row", "m1 int4, a scale a row", ("m1=int4_row",)),
+    Arm("m1_int4_tensor", "m1 int4, one scale a tensor", ("m1=int4_tensor",)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed; ``folder`` is where it lies."""
+
+    arm: Arm
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    def command(self, settings: Sequence[str] = ()) -> list[str]:
+        """settings: overrides of all runs of a study, such as steps=2."""
+        own = (
+            f"name={self.arm.name}",
+            f"run=seed{self.seed}",
+            f"seed={self.seed}",
+            f"out={self.out}",
+            "resume=auto",
+        )
+        train = [sys.executable, "-m", "qtrain.cli", "train", f"experiment={EXPERIMENT}"]
+        return [*train, *settings, *self.arm.overrides, *own]
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended: "completed" or "non_finite", which is a result too; None where it did not, or was cut off."""
+        verdict = self.folder / VERDICT
+        found = json.loads(verdict.read_text(encoding="utf-8"))["outcome"] if verdict.is_file() else None
+        if found == "completed":
+            return found if (self.folder / SUMMARY).is_file() else None
+        return found if found == "non_finite" else None
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token; infinite for a run whose numbers were."""
+        if self.outcome == "non_finite":
+            return math.inf
+        return float(json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))["val_loss"])
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all its attempts; 0 where none was recorded."""
+        path = self.folder / CPU_TIME
+        return sum(map(float, path.read_text(encoding="utf-8").split())) if path.is_file() else 0.0
+
+
+def runs_of(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Run]:
+    """All arms of the first seed, then of the next."""
+    return [Run(arm, seed, out) for seed in seeds for arm in arms]
+
+
+class RunFailed(Exception):
+    """A run ended badly; the message names it, its command and its log."""
+
+
+@dataclass
+class _Running:
+    run: Run
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, options: int = 0) -> float | None:
+        """Waits for its end, unless options says os.WNOHANG. Returns its processor time, and keeps it; None where it runs."""
+        pid, status, usage = os.wait4(self.process.pid, options)
+        if pid == 0:
+            return None
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = usage.ru_utime + usage.ru_stime
+        if self.run.folder.is_dir():
+            with (self.run.folder / CPU_TIME).open("a", encoding="utf-8") as file:
+                file.write(f"{seconds:.2f}\n")
+        return seconds
+
+
+def run_all(
+    runs: Sequence[Run], workers: int, settings: Sequence[str] = (), say: Callable[[str], None] = print
+) -> None:
+    """Runs what has not ended, ``workers`` processes at a time. Ctrl-C, or a run that fails, ends the others, which
+    save their state first. Raises RunFailed, naming the first run that failed."""
+    left = [run for run in runs if run.outcome is None]
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs have ended already")
+    running: list[_Running] = []
+    begun, done = time.monotonic(), 0
+    try:
+        while left or running:
+            while left and len(running) < workers:
+                running.append(_start(left.pop(0), settings))
+            ended, seconds = _next_ended(running)
+            run = ended.run
+            if run.outcome is None:
+                raise RunFailed(_failure(ended, settings))
+            done += 1
+            rest = len(left) + len(running)
+            minutes = (time.monotonic() - begun) / done * rest / 60
+            found = f"{run.name}: validation loss {run.val_loss:.4f} ({seconds:.0f} s of processor time)"
+            say(f"{found}; {rest} runs left, about {minutes:.0f} min")
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.wait()
+
+
+def _next_ended(running: list[_Running]) -> tuple[_Running, float]:
+    """Takes the first that has ended out of the list: it, and its processor time."""
+    while True:
+        for one in running:
+            if (seconds := one.wait(os.WNOHANG)) is not None:
+                running.remove(one)
+                return one, seconds
+        time.sleep(0.2)  # short beside a run
+
+
+def _start(run: Run, settings: Sequence[str]) -> _Running:
+    log = run.out / "logs" / f"{run.arm.name}-seed{run.seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread a process: two runs side by side are faster than two threads, and sums keep their order
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as file:
+        process = subprocess.Popen(run.command(settings), stdout=file, stderr=subprocess.STDOUT, env=env)
+    return _Running(run, process, log)
+
+
+def _failure(ended: _Running, settings: Sequence[str]) -> str:
+    run, last = ended.run, ended.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+    lines = [
+        f"the run {run.name} ended with exit code {ended.process.returncode}; its command:",
+        f"  {' '.join(['qtrain', *run.command(settings)[3:]])}",
+        f"the end of {ended.log}:",
+        *(f"  {line}" for line in last),
+    ]
+    return "\n".join(lines)
