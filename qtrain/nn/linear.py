@@ -34,11 +34,13 @@ from qtrain.quant.qtensor import grid_values, to_qtensor
 
 from .clock import Clock, Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
+from .native import NativeLinear
 
 
 class QuantizedLayer(nn.Module):
     """A linear layer with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
-    names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O]."""
+    names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O].
+    ``native``: whether its GEMMs run on codes (``nn.native``) or are simulated."""
 
     stores_transposed = False
     weight: Tensor
@@ -47,6 +49,7 @@ class QuantizedLayer(nn.Module):
     clock: Clock
     name: str
     stream: int
+    native: bool
     plain: type[nn.Module]
 
     @staticmethod
@@ -65,7 +68,9 @@ class QuantizedLayer(nn.Module):
                 transform.check(contraction, f"{name} ({gemm})")
 
     @staticmethod
-    def convert(layer: nn.Module, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLayer:
+    def convert(
+        layer: nn.Module, recipe: LinearRecipe, *, name: str, clock: Clock, native: bool = False
+    ) -> QuantizedLayer:
         """Turn ``layer`` itself into a quantized one: parameters, hooks and every reference to it survive. Raises as
         ``check`` does."""
         QuantizedLayer.check(layer, recipe, name)
@@ -75,14 +80,14 @@ class QuantizedLayer(nn.Module):
             assert isinstance(layer, QuantizedLayer)
             layer.plain = plain
         layer.recipe, layer.clock, layer.name = recipe, clock, name
-        layer.stream = stream_id(name)
+        layer.stream, layer.native = stream_id(name), native
         clock.follow(layer.weight.device)
         return layer
 
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in ("recipe", "clock", "name", "stream", "plain"):
+        for attribute in ("recipe", "clock", "name", "stream", "native", "plain"):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
@@ -93,7 +98,8 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         quantized = ", ".join(f"{k}={v}" for k, v in self.recipe.operands().items() if v is not None)
-        return f"{super().extra_repr()}, {quantized or 'high precision'}"
+        native = ", native" if self.native else ""
+        return f"{super().extra_repr()}, {quantized or 'high precision'}{native}"
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., I] -> [..., O], in autocast's dtype where it is on. Raises TypeError for float16, whose
@@ -114,9 +120,8 @@ class QuantizedLayer(nn.Module):
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
-        return _QuantizedLinear.apply(
-            input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains
-        )
+        function: Any = NativeLinear if self.native else _QuantizedLinear
+        return function.apply(input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
