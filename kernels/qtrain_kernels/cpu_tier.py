@@ -46,8 +46,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def tier() -> Tier:
-    """The tier of this process. Raises ValueError for a QTRAIN_CPU_KERNELS that is no tier, RuntimeError for one that
-    cannot run here."""
+    """The tier of this process. Raises ValueError for a QTRAIN_CPU_KERNELS that is no tier or that cannot run here."""
     return _tier(os.environ.get(VARIABLE) or "auto")
 
 
@@ -64,7 +63,7 @@ def _tier(asked: str) -> Tier:
             return Tier(name, reasons[0] if reasons else "", library)
         reasons.append(reason)
     if asked != "auto":
-        raise RuntimeError(f"{VARIABLE}={asked}: {reasons[0]}; take auto or torch")
+        raise ValueError(f"{VARIABLE}={asked}: {reasons[0]}; take auto or torch")
     return Tier("torch", reasons[-1], None)
 
 

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from qtrain_kernels.cpu_tier import tier
 from torch import nn
 from torch.optim import Optimizer
 
 from qtrain.data.sources import TextSource
 from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
 from qtrain.models.protocol import ModelConfig
+from qtrain.nn.native import obstacles
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -155,6 +157,21 @@ def _check_fit(parts: Assembly) -> None:
             recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
 
 
+def _check_compute(recipe: ModelRecipe, device: str) -> None:
+    """What ``compute=native`` asks for and cannot have, and a choice of CPU kernels that cannot run, before data are
+    read; surgery then says which layer it is."""
+    if recipe.compute == "simulated":
+        return
+    if device == "cpu":
+        tier()
+    elif recipe.compute == "native":
+        raise ValueError(f"compute=native on {device}: the int8 GEMM is one for CPUs; pass compute=simulated")
+    if recipe.compute == "native":
+        for linear in (recipe.linear, *(rule.recipe for rule in recipe.rules)):
+            if linear is not None and (found := obstacles(linear)):
+                raise ValueError(f"compute=native: {'; '.join(found)}; or pass compute=simulated")
+
+
 def _check_machine(settings: RunSettings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; pass device=cpu or device=auto")
@@ -225,4 +242,5 @@ def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | BpeTraining | Non
     )
     _check_fit(parts)
     _check_machine(parts.settings)
+    _check_compute(parts.recipe, resolved_device(parts.settings.device))
     return parts
