@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,27 @@ def test_moments_are_knobs_of_the_optimizers_that_have_them():
     optimizer = assemble(OmegaConf.to_container(cfg, resolve=True)).optimizer
     recipe = optimizer.for_model(torch.nn.Linear(2, 2)).recipe
     assert (recipe.exp_avg.format, recipe.packed) == ("int4", False)
+
+
+@pytest.mark.parametrize("name", ["all_gemms", "all_gemms_requantized"])
+def test_the_int8_recipes_train_natively(name, place):
+    cfg = composed(
+        "train", *place, f"recipe={name}", f"name={name}_native", "g=int8_row_sr", "compute=native"
+    )
+    verdict, folder = train(assemble(OmegaConf.to_container(cfg, resolve=True)))
+    assert verdict.good
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["compute"].startswith("native, int8 on ")
+    assert summary["linear_flops"].startswith("int8 ")
+    assert ", bf16 " in summary["linear_flops"], "lm_head is excluded"
+    assert "0 failures" in summary["census"]
+
+
+def test_compute_native_is_refused_by_recipes_without_a_native_path(place):
+    for name, text in (("qpt", "wgrad.grad_output=int8 column"), ("mxfp8", "fprop.input=")):
+        cfg = composed("train", *place, f"recipe={name}", "compute=native")
+        with pytest.raises(ValueError, match=f"compute=native: .*{text}"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
 
 
 def test_the_paper_s_gradient_scale_is_per_token():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from qtrain_kernels.cpu_tier import tier
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from qtrain.data.corpus import DataPlan, PreparedText
 from qtrain.data.mixture import Mixture
 from qtrain.data.tokenizers import BpeTraining, Tokenizer
 from qtrain.models.protocol import ModelConfig
+from qtrain.nn.native import obstacles
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -167,6 +169,21 @@ def _check_fit(parts: Assembly) -> None:
             recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
 
 
+def _check_compute(recipe: ModelRecipe, device: str) -> None:
+    """What ``compute=native`` asks for and cannot have, and a choice of CPU kernels that cannot run, before data are
+    read; surgery then says which layer it is."""
+    if recipe.compute == "simulated":
+        return
+    if device == "cpu":
+        tier()
+    elif recipe.compute == "native":
+        raise ValueError(f"compute=native on {device}: the int8 GEMM is one for CPUs; pass compute=simulated")
+    if recipe.compute == "native":
+        for linear in (recipe.linear, *(rule.recipe for rule in recipe.rules)):
+            if linear is not None and (found := obstacles(linear)):
+                raise ValueError(f"compute=native: {'; '.join(found)}; or pass compute=simulated")
+
+
 def _check_machine(settings: RunSettings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; pass device=cpu or device=auto")
@@ -278,4 +295,5 @@ def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> A
     )
     _check_fit(parts)
     _check_machine(parts.settings)
+    _check_compute(parts.recipe, resolved_device(parts.settings.device))
     return parts

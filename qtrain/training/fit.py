@@ -235,7 +235,9 @@ def _report(
     trigram = None
     if isinstance(data.corpus, PreparedCorpus) and data.corpus.tokenizer.kind == "byte":
         trigram = trigram_loss(data.corpus.shards, data.val)
-    census = folder / CENSUS
+    census = (
+        json.loads((folder / CENSUS).read_text(encoding="utf-8")) if (folder / CENSUS).is_file() else None
+    )
     summary = summarize(
         module,
         rows,
@@ -244,7 +246,8 @@ def _report(
         trigram=trigram,
         reference=reference,
         state_bytes=state_bytes,
-        census=json.loads(census.read_text(encoding="utf-8"))["summary"] if census.is_file() else None,
+        census=None if census is None else census["summary"],
+        linear_flops=None if census is None else census["eager"]["flops_summary"],
     )
     lines = {} if trigram is None else {"trigram": trigram}
     if reference is not None:

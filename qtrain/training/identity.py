@@ -21,7 +21,7 @@ FREE = frozenset(
     }
 )  # fmt: skip
 # Short knobs, which say nothing that the recipe does not
-_KNOBS = frozenset({"w", "a", "g"})
+_KNOBS = frozenset({"w", "a", "g", "saved", "compute"})
 # What a continuation may change when it is asked to. All else is restored from the checkpoint (the optimizer's
 # hyperparameters, the schedule) or would not fit it (the model, the formats of the states)
 CHANGEABLE = ("recipe",)
@@ -38,7 +38,7 @@ def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:
         name: {operand: None if v is None else str(v) for operand, v in layer.operands().items()}
         for name, layer in surgery.plan.items()
     }
-    return {"compute": recipe.compute, "layers": layers}
+    return {"compute": surgery.compute, "layers": layers}
 
 
 def check_allowed(names: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from qtrain.data.stream import mix_words
 from qtrain.nn.quantizers import follow_optimizer, start_steps
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
-from .assembly import Assembly
+from .assembly import Assembly, resolved_device
 from .identity import plan_of, recipe_digest
 from .processes import summed
 from .run_folder import CENSUS, versions
@@ -85,7 +85,8 @@ class QuantizedTransformer(LightningModule):
         if hasattr(self, "surgery"):
             return
         model = self.parts.make_model(pretrained=not self._continues)
-        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
+        device = resolved_device(self.settings.device)
+        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed, device=device)
         mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
             compile_for(model, self.parts.processes.sharding)

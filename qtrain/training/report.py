@@ -71,6 +71,7 @@ def summarize(
     reference: ReferenceRun | None,
     state_bytes: Mapping[str, int] | None,
     census: str | None,
+    linear_flops: str | None,
 ) -> dict[str, Any]:
     """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token. state_bytes: from
     ``optimizer_state_bytes``."""
@@ -97,6 +98,8 @@ def summarize(
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "quantized_fraction": module.surgery.quantized_fraction,
         "optimizer_state_bytes": state_bytes,
+        "compute": module.surgery.compute,
+        "linear_flops": linear_flops,
         "census": census,
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
         "data": dict(data),
@@ -169,6 +172,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             "linear weights quantized",
             f"{summary['quantized_fraction']:.1%} (of {summary['parameters']:,} parameters in all)",
         ),
+        ("linear FLOPs by precision", f"{summary['linear_flops'] or 'not seen'}   ({summary['compute']})"),
         ("census", summary["census"] or "not taken"),
         ("steps with a clipped gradient", f"{summary['clip_share']:.1%}"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"),

@@ -14,7 +14,7 @@ from census_models import assert_fails, census_of, gpt, loss_of
 from layer_recipes import LAYERS
 from torch import Tensor, nn
 
-import qtrain.nn.linear as carrier
+import qtrain.nn.simulated as carrier
 from qtrain.nn import Census, Clock, QuantizedLinear, apply_recipe, take_census
 from qtrain.nn.gemm import GemmOperand
 from qtrain.quant import LinearRecipe, ModelRecipe, Quantized, QuantSpec, Rule, quantize_values
@@ -23,7 +23,9 @@ from qtrain.quant import LinearRecipe, ModelRecipe, Quantized, QuantSpec, Rule, 
 def test_a_bf16_matmul_of_the_unquantized_tensors_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, counters and quantizers stay; only what is multiplied is not what was quantized."""
     monkeypatch.setattr(
-        carrier._Gemms, "_entered", lambda self, view, q, operand: GemmOperand(view.to(self.dtype), None)
+        carrier.SimulatedGemms,
+        "_entered",
+        lambda self, view, q, operand: GemmOperand(view.to(self.dtype), None),
     )
     recipe = {"fprop": LAYERS["int8_reused"]["fprop"]}
     for dtype in ("bf16", "fp32"):
@@ -33,7 +35,7 @@ def test_a_bf16_matmul_of_the_unquantized_tensors_fails(monkeypatch: pytest.Monk
 def _decoy(monkeypatch: pytest.MonkeyPatch, beside: Callable[..., Tensor]) -> None:
     right = carrier.quantized_gemm
     raw: list[Tensor] = []
-    enter = carrier._Gemms._entered
+    enter = carrier.SimulatedGemms._entered
 
     def entered(self: Any, view: Tensor, q: Quantized | None, operand: str) -> GemmOperand:
         raw.append(view)
@@ -43,7 +45,7 @@ def _decoy(monkeypatch: pytest.MonkeyPatch, beside: Callable[..., Tensor]) -> No
         y = right(a, b, out_dtype, bias)
         return beside(raw[-2:], a, b, y, bias)
 
-    monkeypatch.setattr(carrier._Gemms, "_entered", entered)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_entered", entered)
     monkeypatch.setattr(carrier, "quantized_gemm", fake)
 
 
@@ -175,7 +177,7 @@ def test_a_wrong_group_scale_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("gemm", ["dgrad", "wgrad"])
 def test_an_unquantized_gradient_fails(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
-    right = carrier._Gemms._quantized
+    right = carrier.SimulatedGemms._quantized
 
     def fake(self: Any, view: Tensor, operand: str, **kwargs: Any) -> Quantized | None:
         q = right(self, view, operand, **kwargs)
@@ -183,13 +185,13 @@ def test_an_unquantized_gradient_fails(monkeypatch: pytest.MonkeyPatch, gemm: st
             return q
         return q._replace(values=view.float() / q.scale)
 
-    monkeypatch.setattr(carrier._Gemms, "_quantized", fake)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_quantized", fake)
     assert_fails(census_of("int8_reused"), name=f"{gemm}.grad_output", text="too good")
 
 
 @pytest.mark.parametrize("gemm", ["dgrad", "wgrad"])
 def test_a_backward_gemm_in_high_precision_fails(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
-    right = getattr(carrier._Gemms, gemm)
+    right = getattr(carrier.SimulatedGemms, gemm)
 
     def dgrad(self: Any, g: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, None]:
         right(self, g, weight, *rest)
@@ -199,7 +201,7 @@ def test_a_backward_gemm_in_high_precision_fails(monkeypatch: pytest.MonkeyPatch
         right(self, g, kept, *rest)
         return g.t() @ kept[0].to(g.dtype), None
 
-    monkeypatch.setattr(carrier._Gemms, gemm, dgrad if gemm == "dgrad" else wgrad)
+    monkeypatch.setattr(carrier.SimulatedGemms, gemm, dgrad if gemm == "dgrad" else wgrad)
     for dtype in ("bf16", "fp32"):
         assert_fails(census_of("int8_reused", dtype))
         assert_fails(census_of("int8_reused", dtype, tie_embeddings=True))
@@ -279,31 +281,31 @@ def test_a_mask_in_the_wrong_basis_fails(monkeypatch: pytest.MonkeyPatch) -> Non
         transform = self.recipe.fprop.transform
         return carrier._masked(transform.inverse(d) if rotated else d, bits), None
 
-    monkeypatch.setattr(carrier._Gemms, "_to_parameter_basis", fake)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_to_parameter_basis", fake)
     for name in ("quest", "quest_high_precision_backward"):
         assert_fails(census_of(name), name="dx", text="do not follow")
 
 
 def test_a_layer_that_gives_no_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = carrier._QuantizedLinear.backward
+    right = carrier.SimulatedLinear.backward
     for lost, text in ((0, "no dx was given out"), (1, "no dW was given out"), (2, "no db was given out")):
         with monkeypatch.context() as patched:
 
             def backward(ctx: Any, *grads: Tensor, lost: int = lost) -> tuple[Any, ...]:
                 return tuple(None if i == lost else d for i, d in enumerate(right(ctx, *grads)))
 
-            patched.setattr(carrier._QuantizedLinear, "backward", staticmethod(backward))
+            patched.setattr(carrier.SimulatedLinear, "backward", staticmethod(backward))
             assert_fails(census_of("int8_reused"), text=text)
 
 
 @pytest.mark.parametrize(("which", "name"), [(0, "dx"), (1, "dW"), (2, "db")])
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, which: int, name: str) -> None:
-    right = carrier._QuantizedLinear.backward
+    right = carrier.SimulatedLinear.backward
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return tuple(d if i != which or d is None else d * 1.02 for i, d in enumerate(right(ctx, *grads)))
 
-    monkeypatch.setattr(carrier._QuantizedLinear, "backward", staticmethod(backward))
+    monkeypatch.setattr(carrier.SimulatedLinear, "backward", staticmethod(backward))
     assert_fails(census_of("int8_reused"), name=name)
 
 
