@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
@@ -20,6 +22,18 @@ GROUPS = (
     "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
+# What a configuration of data leaves to its user; byte: other tokenizers have files that are not here
+NEEDED = {
+    **{key: ["source.paths=[corpus]", "tokenizer=byte"] for key in ("text", "jsonl", "parquet")},
+    "nanogpt_bin": ["train=train.bin", "val=val.bin", "tokenizer=byte"],
+    "llmc_bin": ["train=shards", "val=null", "tokenizer=byte"],
+    "megatron": ["train=corpus_text_document", "vocab_size=257"],
+    "mixture": [
+        "parts={code:{weight:0.7,source:{_target_:qtrain.data.sources.StdlibSource}},bins:{weight:0.3,"
+        "_target_:qtrain.data.token_files.TokenFiles,train:t.bin}}",
+        "tokenizer=byte",
+    ],
+}
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
 
 
@@ -69,19 +83,21 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    files = group == "data" and name in ("text", "jsonl", "parquet")
-    more = ["data.source.paths=[corpus]"] if files else []
-    if group == "data" or "openwebtext" in name:  # what the hub's corpora name is on the hub
-        more.append("data.tokenizer=byte")
+    more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
+    if "openwebtext" in name:  # what the corpora of the hub name is on the hub
+        more = ["data.tokenizer=byte"]
+    if (group, name) == ("model", "huggingface"):  # an architecture is asked for
+        more += ["model.config.model_type=llama", "model.config.num_key_value_heads=8"]
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
             assemble(OmegaConf.to_container(cfg, resolve=True))
         cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    assert isinstance(parts.source, StdlibSource) == (
-        "openwebtext" not in name and (group != "data" or name == "stdlib")
-    )
+    if "openwebtext" not in name and (group != "data" or name == "stdlib"):
+        assert isinstance(parts.data, PreparedText)
+        assert isinstance(parts.data.source, StdlibSource)
+    assert parts.model_config.vocab_size >= parts.data.vocab_size
 
 
 def test_every_primary_config_composes():
@@ -181,6 +197,27 @@ def test_moments_are_knobs_of_the_optimizers_that_have_them():
     optimizer = assemble(OmegaConf.to_container(cfg, resolve=True)).optimizer
     recipe = optimizer.for_model(torch.nn.Linear(2, 2)).recipe
     assert (recipe.exp_avg.format, recipe.packed) == ("int4", False)
+
+
+@pytest.mark.parametrize("name", ["all_gemms", "all_gemms_requantized"])
+def test_the_int8_recipes_train_natively(name, place):
+    cfg = composed(
+        "train", *place, f"recipe={name}", f"name={name}_native", "g=int8_row_sr", "compute=native"
+    )
+    verdict, folder = train(assemble(OmegaConf.to_container(cfg, resolve=True)))
+    assert verdict.good
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["compute"].startswith("native, int8 on ")
+    assert summary["linear_flops"].startswith("int8 ")
+    assert ", bf16 " in summary["linear_flops"], "lm_head is excluded"
+    assert "0 failures" in summary["census"]
+
+
+def test_compute_native_is_refused_by_recipes_without_a_native_path(place):
+    for name, text in (("qpt", "wgrad.grad_output=int8 column"), ("mxfp8", "fprop.input=")):
+        cfg = composed("train", *place, f"recipe={name}", "compute=native")
+        with pytest.raises(ValueError, match=f"compute=native: .*{text}"):
+            assemble(OmegaConf.to_container(cfg, resolve=True))
 
 
 def test_the_paper_s_gradient_scale_is_per_token():

@@ -50,17 +50,17 @@ def test_the_plain_loop_trains_a_quantized_model(capsys: pytest.CaptureFixture[s
 
 def test_the_census_of_the_loop_fails_without_the_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loop, its GEMMs replaced by plain ones behind the same names, must not get past its census."""
-    from qtrain.nn import linear
+    from qtrain.nn import simulated
     from qtrain.nn.census import CensusError
 
     def plain(self: Any, view: Any, operand: str, **_: Any) -> None:
         return None
 
-    monkeypatch.setattr(linear._Gemms, "_quantized", plain)
+    monkeypatch.setattr(simulated.SimulatedGemms, "_quantized", plain)
     monkeypatch.setattr(
-        linear._Gemms,
+        simulated.SimulatedGemms,
         "_entered",
-        lambda self, view, q, operand: linear.GemmOperand(view.to(self.dtype), None),
+        lambda self, view, q, operand: simulated.GemmOperand(view.to(self.dtype), None),
     )
     (loop,) = blocks("python")
     with pytest.raises(CensusError):
