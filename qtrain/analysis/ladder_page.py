@@ -90,6 +90,11 @@ def _setting(rungs: Sequence[Rung]) -> str:
     )
 
 
+def _computed(rung: Rung) -> str:
+    ways = sorted({str(run.summary.get("compute", "simulated")) for run in rung.runs.values()})
+    return f" Computed: {', '.join(ways)}." if ways and rung.gap is not None else ""
+
+
 def _losses(rung: Rung) -> str:
     loss, bits = rung.mean("val_loss"), rung.mean("val_bits_per_byte")
     return (
@@ -118,7 +123,7 @@ def page(rungs: Sequence[Rung], limits: Thresholds, command: str) -> str:
             "## Why",
             "",
             *(
-                f"- **{rung.name}**, {rung.decision}: {'; '.join([*rung.reasons, *rung.notes])}.{_losses(rung)}{_seeds(rung)}"
+                f"- **{rung.name}**, {rung.decision}: {'; '.join([*rung.reasons, *rung.notes])}.{_losses(rung)}{_seeds(rung)}{_computed(rung)}"
                 for rung in rungs
             ),
             "",
@@ -135,10 +140,10 @@ def page(rungs: Sequence[Rung], limits: Thresholds, command: str) -> str:
             f"2001.08361), at most {limits.extra_spikes} more loss spikes and {limits.clip_share_points:g} points more clipped "
             "steps than the reference. *not yet*: the whole interval above it, or a run diverged. *hold*: everything else.",
             "- States are what the optimizer held at the end: measured, and really saved. Weights are float32 masters, 4 bytes "
-            "a parameter on every rung: weights, activations and gradients are rounded to their grids and multiplied in "
-            "ordinary precision (simulated), which saves no memory.",
-            "- Speed is that of these runs, relative to the reference; simulated quantization is slower than none, and "
-            "other work on the machine counts too. It says nothing of hardware that multiplies in low precision.",
+            "a parameter on every rung. *Simulated* operands are rounded to their grids and multiplied in ordinary precision, "
+            "which saves neither memory nor time; *native* ones are multiplied as integers.",
+            "- Speed is that of these runs, relative to the reference: of this machine, with whatever else it did. Simulated "
+            "quantization is slower than none, and says nothing of hardware that multiplies in low precision.",
             "- A spike is a step whose log loss lies 8 robust standard deviations above the 100 before it.",
             "",
             f"Made by `{command}`; every number is in {NUMBERS}.",
@@ -194,7 +199,7 @@ def picture(rungs: Sequence[Rung], limits: Thresholds, path: Path) -> None:
     _error_bars(gaps, rungs, limits.margin_percent)
     held = [rung.state_bytes_per_parameter for rung in rungs]
     _bars(states, rungs, held, "optimizer states,\nbytes a parameter", ".2f")
-    _bars(speed, rungs, [rung.speed for rung in rungs], "speed of these runs\n(simulated)", ".2f")
+    _bars(speed, rungs, [rung.speed for rung in rungs], "speed of these runs", ".2f")
     gaps.set_yticks(range(len(rungs)), [f"{rung.name}\n{rung.decision}" for rung in rungs], fontsize=8)
     for label, rung in zip(gaps.get_yticklabels(), rungs, strict=True):
         label.set_color(COLORS[rung.decision])
