@@ -141,7 +141,7 @@ def straight(configure, tmp_path_factory):
     """12 steps with everything that could depend on history: stochastic rounding, dropout, accumulation, 8-bit
     states, a schedule."""
     out = tmp_path_factory.mktemp("straight")
-    more = [*STRESS, "+model.dropout=0.1", "schedule=cosine", "schedule.warmup_steps=2", "steps=12"]
+    more = [*STRESS, "model.dropout=0.1", "schedule=cosine", "schedule.warmup_steps=2", "steps=12"]
     overrides = [*more, "eval_every_steps=5", "name=s"]
     verdict, folder = train(assemble(configure(out, *overrides, "run=one", "checkpoint_every_steps=7")))
     assert verdict.good
