@@ -128,6 +128,13 @@ def test_verdicts(claim: Claim, gaps: list[float], noise: float, expected: str) 
     assert verdict(claim, gaps, noise) == expected
 
 
+def test_one_of_many_seeds_against_a_claim_leaves_it_open() -> None:
+    """Twelve seeds narrow the interval of the mean so far that one of them lies outside of it."""
+    found = judge(BREAKS, {"arm": result([2.8] * 11 + [2.49]), BASELINE: result([2.3] * 12)})
+    assert found.gap.over_seeds[0] > 0.2
+    assert (found.agree, found.outcome) == (11, UNKNOWN)
+
+
 def test_a_verdict_says_how_little_three_seeds_can_say() -> None:
     found = judge(BREAKS, {"arm": result([2.8, 3.0, 2.5]), BASELINE: result(BASE)})
     assert (found.agree, found.p, found.least_p) == (2, 0.5, 0.125)
