@@ -37,10 +37,19 @@ class Evaluation:
 
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
-    """The run's model with its weights, under the recipe of ``run.parts``."""
+    """The run's model with its weights, under the recipe of ``run.parts``. Ranges with a state that this recipe does not
+    have are left out; raises ValueError where it has some that the run did not keep."""
     module = QuantizedTransformer(run.parts, continues=True)
     module.configure_model()
-    module.load_state_dict(run.checkpoint["state_dict"])
+    saved, own = run.checkpoint["state_dict"], module.state_dict()
+    kept = {name: t for name, t in saved.items() if name in own or "quantizers" not in name.split(".")}
+    ranges = sorted(name for name in own if name not in kept and "quantizers" in name.split("."))
+    if ranges:
+        raise ValueError(
+            f"{run.path} has no {ranges[0]}: its run kept no such range; evaluate under the recipe that it was trained "
+            "with, or under one whose clips have no state"
+        )
+    module.load_state_dict(kept)
     return module
 
 

@@ -482,3 +482,48 @@ def test_the_compiled_comparison_works_with_states():
     comparison = compare_compiled(model, report, loss_of)
     comparison.check()
     assert comparison.gain == pytest.approx(1.0, abs=0.05)
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    model = two_layers(STATEFUL)
+    ones = torch.ones(6, 8) * (1 + rank)  # rank 1 probes with another batch, and begins as rank 0 does
+    start_steps(model, lambda m: m(ones))
+    begun_at = {name: t.clone() for name, t in model.state_dict().items()}
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = followed(model, lr=0.05)
+    maxima = []
+    for step in range(2):
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(2 * step + rank)) * (1 + 9 * rank)
+        maxima.append(x.abs().max())
+        optimizer.zero_grad()
+        parallel(x.requires_grad_()).square().sum().backward()
+        optimizer.step()
+    torch.save((begun_at, model.state_dict(), maxima), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree_on_the_largest_of_all(tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    (begun0, end0, maxima0), (begun1, end1, maxima1) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
+    )
+    for name in end0:
+        assert torch.equal(begun0[name], begun1[name]), name
+        assert torch.equal(end0[name], end1[name]), name
+    history = end0["0.quantizers.fprop.input.history"].flatten()
+    assert history[:2].tolist() == [
+        max(a, b).item() for a, b in zip(maxima0[::-1], maxima1[::-1], strict=True)
+    ]
+    assert maxima1[0] > maxima0[0]
