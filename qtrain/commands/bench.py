@@ -1,5 +1,6 @@
-"""Time a training step (``qtrain bench step``), the loader of its data (``qtrain bench data``, in ``bench_data``) or a
-kernel (``qtrain bench kernels --op NAME``).
+"""Time a training step (``qtrain bench step``), native training beside bf16 and fp32 (``bench train``), one linear
+layer (``bench linear``), the loader of its data (``bench data``, in ``bench_data``) or a kernel (``qtrain bench kernels
+--op NAME``).
 
 A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
 in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
@@ -10,15 +11,16 @@ stretch the wall clock, and CPU time much less.
     recipe_compiled        the model after ``apply_recipe``, torch.compile
     fake_quant_eager       W8A8G8 as it is usually written: quantize-dequantize around F.linear, eager
     unquantized_eager      the model as it is, eager
+    native_compiled        the model after ``apply_recipe`` with compute=native, torch.compile
+    fp32_compiled          the model as it is in float32, torch.compile
 
-The third is the formulation of "Exploring Quantization for Efficient Pre-Training of Transformer Language Models"
-(arXiv 2407.11722): W per output channel, x per token, and g per token for dW only. Its operations are in place
-where they can be, its estimator is one autograd.Function, and it leaves out what the recipes add (non-finite
-values, zero rows but for a floor), so that it is no slower than its authors would have it.
+``bench step`` times the first four, ``bench train`` native_compiled, unquantized_compiled and fp32_compiled with the
+machine's roof. The third is ``bench_fake_quant``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -30,10 +32,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bench_linear
+from .bench_fake_quant import fake_quantize_linears
+
 if TYPE_CHECKING:
-    import torch
     from omegaconf import DictConfig
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qtrain.models.protocol import ModelConfig
     from qtrain.quant import ModelRecipe
@@ -41,7 +45,9 @@ if TYPE_CHECKING:
 CONFIG = "bench"
 POSITIONAL = "what"
 BASELINE = "unquantized_compiled"
-ARMS = (BASELINE, "recipe_compiled", "fake_quant_eager", "unquantized_eager")
+STEP_ARMS = (BASELINE, "recipe_compiled", "fake_quant_eager", "unquantized_eager")
+TRAIN_ARMS = (BASELINE, "native_compiled", "fp32_compiled")
+ARMS = (*STEP_ARMS, *TRAIN_ARMS[1:])
 RESAMPLES = 2000  # the interval's ends then vary by about 1 % of its width from seed to seed
 Samples = dict[str, list[float]]
 
@@ -65,15 +71,18 @@ def check(cfg: DictConfig) -> None:
         from . import bench_data
 
         return bench_data.check(cfg)
-    if cfg.what != "step":
+    if cfg.what not in ("step", "train", "linear"):
         raise ValueError(
-            f"what={cfg.what!r}: allowed are step, data and kernels (qtrain bench kernels --help)"
+            f"what={cfg.what!r}: allowed are step, train, linear, data and kernels (qtrain bench kernels --help)"
         )
-    unknown = [arm for arm in cfg.arms if arm not in ARMS]
-    if unknown or not cfg.arms:
-        raise ValueError(f"arms={list(cfg.arms)}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
-    if len(set(cfg.arms)) < len(cfg.arms):
-        raise ValueError(f"arms={list(cfg.arms)}: name each arm once")
+    arms = _arms(cfg)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms:
+        raise ValueError(f"arms={arms}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
+    if len(set(arms)) < len(arms):
+        raise ValueError(f"arms={arms}: name each arm once")
+    if (cfg.what == "linear" or "native_compiled" in arms) and _device(cfg) != "cpu":
+        raise ValueError(f"native int8 on {_device(cfg)}: its kernels are for CPUs; pass device=cpu")
     for key, least in (("batch_sequences", 1), ("sequence_tokens", 1), ("rounds", 5), ("warmup_rounds", 1)):
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise ValueError(f"{key}={cfg[key]!r}: must be an integer of at least {least}")
@@ -83,7 +92,12 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"device={cfg.device!r}: allowed are auto, cpu and cuda")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: torch finds no CUDA device; device=cpu times the CPU")
-    if any(arm.endswith("_compiled") for arm in cfg.arms) and _device(cfg) == "cpu" and not _compiler():
+    if (
+        cfg.what != "linear"
+        and any(arm.endswith("_compiled") for arm in arms)
+        and _device(cfg) == "cpu"
+        and not _compiler()
+    ):
         raise ValueError(
             "arms that are compiled need a C++ compiler on a CPU: install g++, or give arms=[fake_quant_eager,unquantized_eager]"
         )
@@ -101,18 +115,59 @@ def run(cfg: DictConfig) -> int:
 
         return bench_data.run(cfg)
     device = _device(cfg)
-    steps = {arm: build_arm(arm, cfg, device) for arm in cfg.arms}
-    print(f"{', '.join(steps)}: warming up, which compiles", flush=True)
-    wall, cpu = timed_in_turns(steps, device, cfg.rounds, cfg.warmup_rounds)
-    rows = summarize(wall, cpu)
-    report = {"rows": rows, "settings": settings(cfg), **provenance(device), "wall_ms": wall, "cpu_ms": cpu}
+    found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
+    report = {**found, "settings": settings(cfg), **provenance(device)}
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"step_{stamp}.json"
+    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
     write_atomically(path, json.dumps(report, indent=1))
-    print(table(rows))
-    print(", ".join(f"{k} {report[k]}" for k in ("device", "threads", "torch", "triton", "commit")))
+    print(text)
+    shown = ("device", "threads", "cpu_kernels", "torch", "triton", "commit")
+    print(", ".join(f"{k} {report[k]}" for k in shown))
     print(f"written to {path}")
     return 0
+
+
+def _steps(cfg: DictConfig, device: str) -> tuple[dict[str, Any], str]:
+    """Of whole steps: what the file holds, and the table."""
+    steps = {arm: build_arm(arm, cfg, device) for arm in _arms(cfg)}
+    roof = bench_linear.roof_functions() if cfg.what == "train" and device == "cpu" else {}
+    print(f"{', '.join(steps)}: warming up, which compiles", flush=True)
+    timed = steps | {name: function for name, (function, _) in roof.items()}
+    wall, cpu = timed_in_turns(timed, device, cfg.rounds, cfg.warmup_rounds)
+    rates = bench_linear.roof_per_s(wall) if roof else {}
+    rows = summarize({arm: wall[arm] for arm in steps}, cpu)
+    text = table(rows) + (f"\n{bench_linear.roof_line(rates)}" if roof else "")
+    return {"rows": rows, "roof_per_s": rates, "wall_ms": wall, "cpu_ms": cpu}, text
+
+
+def _linear(cfg: DictConfig) -> tuple[dict[str, Any], str]:
+    """Of one linear layer in several shapes: what the file holds, and the table."""
+    import numpy as np
+
+    recipe = dataclasses.replace(_recipe(cfg), compute="native", exclude=())
+    results: dict[Any, Any] = {}
+    for shape in bench_linear.SHAPES:
+        print(f"T, I, O = {shape}", flush=True)
+        steps = {arm: bench_linear.linear_step(arm, shape, recipe, cfg.seed) for arm in bench_linear.ARMS}
+        roof = {name: function for name, (function, _) in bench_linear.roof_functions().items()}
+        wall, cpu = timed_in_turns(steps | roof, "cpu", cfg.rounds, cfg.warmup_rounds)
+        rates = bench_linear.roof_per_s(wall)
+        results[shape] = {
+            "median_ms": {arm: float(np.median(wall[arm])) for arm in steps},
+            "speedup": {base: ratio_interval(wall[base], wall["native"]) for base in ("bf16", "fp32")},
+            "cpu_speedup": {base: ratio_interval(cpu[base], cpu["native"]) for base in ("bf16", "fp32")},
+            "floor_ms": bench_linear.floor_ms(shape, rates),
+            "roof_per_s": rates,
+            "wall_ms": wall,
+            "cpu_ms": cpu,
+        }
+    text = f"{bench_linear.table(results)}\nlast {bench_linear.roof_line(rates)}"
+    return {"shapes": [{"shape": shape, **result} for shape, result in results.items()]}, text
+
+
+def _arms(cfg: DictConfig) -> list[str]:
+    """Those that were named, or those of ``what``."""
+    return list(cfg.arms if cfg.arms is not None else TRAIN_ARMS if cfg.what == "train" else STEP_ARMS)
 
 
 def _device(cfg: DictConfig) -> str:
@@ -154,11 +209,15 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
 
     from qtrain.nn.surgery import apply_recipe
 
+    bf16 = cfg.precision == "bf16" and arm != "fp32_compiled"
     config = _model_config(cfg)
     model = config.build(seed=cfg.seed).to(device)
     clock = None
-    if arm == "recipe_compiled":
-        clock = apply_recipe(model, _recipe(cfg), seed=cfg.seed).clock
+    if arm in ("recipe_compiled", "native_compiled"):
+        recipe = _recipe(cfg)
+        if arm == "native_compiled":
+            recipe = dataclasses.replace(recipe, compute="native")
+        clock = apply_recipe(model, recipe, seed=cfg.seed).clock
     elif arm == "fake_quant_eager":
         fake_quantize_linears(model, exclude=("lm_head",))
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -166,7 +225,7 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             logits = model(inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -179,64 +238,6 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
         compute(tokens[:, :-1], tokens[:, 1:]).backward()
 
     return step
-
-
-def fake_quantize_linears(model: nn.Module, exclude: Sequence[str]) -> None:
-    """Gives every nn.Linear, those named in ``exclude`` aside, an eager W8A8G8 forward."""
-    import types
-
-    from torch import nn
-
-    forward = _fake_quant_forward()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in exclude:
-            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
-
-
-def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] -> its nearest numbers on 255 levels, one scale a row: round(x / s) s with s = max|x| / 127."""
-    scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-12)
-    return x.div(scale).round_().clamp_(-127, 127).mul_(scale)
-
-
-def _fake_quant_forward() -> Callable[..., Any]:
-    import torch
-    import torch.nn.functional as F
-
-    class StraightThrough(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return quantize_dequantize(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            return grads[0]
-
-    class Linear(torch.autograd.Function):
-        """y = x W^T; dx from g, dW from the quantized g."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-            ctx.save_for_backward(x, weight)
-            return F.linear(x, weight)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-            x, weight = ctx.saved_tensors
-            g = grads[0]
-            gq = quantize_dequantize(g)
-            return g @ weight, gq.flatten(0, -2).t() @ x.flatten(0, -2)
-
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        xq, wq = StraightThrough.apply(x), StraightThrough.apply(self.weight)
-        with torch.autocast(kind, enabled=False):
-            y = Linear.apply(xq.to(dtype), wq.to(dtype))
-        return y if self.bias is None else y + self.bias.to(dtype)
-
-    return forward
 
 
 def timed_in_turns(
@@ -325,6 +326,7 @@ def provenance(device: str) -> dict[str, Any]:
     import importlib.metadata
 
     import torch
+    from qtrain_kernels.cpu_tier import tier
 
     versions: dict[str, str | None] = {}
     for name in ("qtrain", "triton"):
@@ -335,6 +337,7 @@ def provenance(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "cpu_kernels": str(tier()) if device == "cpu" else None,
         "torch": torch.__version__,
         **versions,
         "python": platform.python_version(),

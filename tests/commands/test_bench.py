@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qtrain.commands import bench
+from qtrain.commands import bench, bench_fake_quant
 
 TINY: dict[str, Any] = {
     "model": {
@@ -54,7 +54,7 @@ def config(**changes: Any) -> DictConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"what": "stp"}, "what='stp': allowed are step and kernels"),
+        ({"what": "stp"}, "what='stp': allowed are step, train, linear and kernels"),
         ({"arms": ["fast"]}, "allowed are unquantized_compiled, recipe_compiled"),
         ({"arms": []}, "allowed are"),
         ({"arms": ["unquantized_eager"] * 2}, "name each arm once"),
@@ -155,7 +155,7 @@ def test_fake_quant_is_the_papers_linear_layer(bias: bool) -> None:
     model = nn.Sequential(nn.Linear(24, 7, bias=bias))
     x = torch.randn(3, 5, 24, generator=generator, requires_grad=True)
     g = torch.randn(3, 5, 7, generator=generator)
-    bench.fake_quantize_linears(model, exclude=())
+    bench_fake_quant.fake_quantize_linears(model, exclude=())
     y = model(x)
     y.backward(g)
     layer = model[0]
@@ -173,12 +173,12 @@ def test_fake_quant_is_the_papers_linear_layer(bias: bool) -> None:
 
 
 def test_zero_rows_stay_zero() -> None:
-    assert bench.quantize_dequantize(torch.zeros(2, 8)).equal(torch.zeros(2, 8))
+    assert bench_fake_quant.quantize_dequantize(torch.zeros(2, 8)).equal(torch.zeros(2, 8))
 
 
 def test_excluded_layers_stay_as_they_are() -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)})
-    bench.fake_quantize_linears(model, exclude=("lm_head",))
+    bench_fake_quant.fake_quantize_linears(model, exclude=("lm_head",))
     assert "forward" in vars(model["body"])
     assert "forward" not in vars(model["lm_head"])
 
@@ -224,3 +224,52 @@ def test_compiled_arms_run() -> None:
     bench.check(config(arms=["unquantized_compiled", "recipe_compiled"]))
     for arm in ("unquantized_compiled", "recipe_compiled"):
         bench.build_arm(arm, config(), "cpu")(0)
+
+
+def test_train_times_native_beside_bf16_and_fp32_with_the_roof(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(bench.bench_linear, "ROOF_SIZE", 64)
+    monkeypatch.setattr(bench.bench_linear, "COPY_BYTES", 1 << 16)
+    path = tmp_path / "train.json"
+    assert bench.run(config(what="train", arms=None, output=str(path))) == 0
+    report = json.loads(path.read_text())
+    arms = [row["arm"] for row in report["rows"]]
+    assert arms == ["unquantized_compiled", "native_compiled", "fp32_compiled"]
+    assert {row["ratio_to"] for row in report["rows"]} == {"unquantized_compiled"}
+    assert set(report["roof_per_s"]) == {"int8 GEMM", "bf16 GEMM", "fp32 GEMM", "copy"}
+    assert report["cpu_kernels"]
+    text = capsys.readouterr().out
+    assert "roof, measured in this run: int8 GEMM" in text
+    assert "| native_compiled |" in text
+
+
+def test_linear_has_a_row_a_shape_and_a_floor(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench.bench_linear, "SHAPES", ((8, 16, 24),))
+    monkeypatch.setattr(bench.bench_linear, "ROOF_SIZE", 64)
+    monkeypatch.setattr(bench.bench_linear, "COPY_BYTES", 1 << 16)
+    path = tmp_path / "linear.json"
+    assert bench.run(config(what="linear", arms=None, output=str(path))) == 0
+    (row,) = json.loads(path.read_text())["shapes"]
+    assert row["shape"] == [8, 16, 24]
+    assert row["median_ms"].keys() == {"fp32", "bf16", "native"}
+    roof = {"int8 GEMM": 1e9, "copy": 1e9}
+    moved = 2 * 2 * (8 * 16 + 8 * 24) + 2 * 4 * 16 * 24
+    assert bench.bench_linear.floor_ms((8, 16, 24), roof) == pytest.approx((6 * 8 * 16 * 24 + moved) * 1e-6)
+    assert "| 8, 16, 24 |" in capsys.readouterr().out
+
+
+def test_native_arms_are_for_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for changes in ({"what": "train", "arms": None}, {"what": "linear", "arms": None}):
+        with pytest.raises(ValueError, match="its kernels are for CPUs; pass device=cpu"):
+            bench.check(config(device="cuda", **changes))
+
+
+def test_the_native_arm_is_native(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
+
+    for arm, products in (("native_compiled", 18), ("recipe_compiled", 0), ("fp32_compiled", 0)):
+        before = int8_scaled_mm.calls
+        bench.build_arm(arm, config(), "cpu")(0)
+        assert int8_scaled_mm.calls - before == products, arm  # three GEMMs in q, k, v, out, up and down
