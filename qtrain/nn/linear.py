@@ -4,8 +4,8 @@
     dgrad  dx = H^T ( M_x * Q(g) . Q(W) )    M the masks of the forward's estimators,
     wgrad  dW = H^T ( M_w * Q(g)^T . Q(x) )  applied in the forward's basis
 
-It stays an nn.Linear: same parameters, same checkpoint keys, and, where its recipe quantizes nothing, the same
-code. A module rather than a tensor subclass, so that optimizers, sharding and compile see ordinary tensors. W is
+It stays an nn.Linear: same parameters, same checkpoint keys (but for ranges with a state: ``quantizers``), and, where its
+recipe quantizes nothing, the same code. A module rather than a tensor subclass, so that optimizers, sharding and compile see ordinary tensors. W is
 quantized from the parameter as it is stored (fp32 master), not from autocast's copy; x and g as they arrive.
 
 T tokens, I in, O out.
@@ -13,7 +13,6 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -34,6 +33,16 @@ from qtrain.quant.qtensor import grid_values, to_qtensor
 
 from .clock import Clock, Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
+from .quantizers import (
+    LearnedStep,
+    Quantizers,
+    check_ranges,
+    move_of_step,
+    note,
+    of_flat,
+    step_gradient,
+)
+from .storage import conv1d_class, k_major
 
 
 class QuantizedLayer(nn.Module):
@@ -47,12 +56,13 @@ class QuantizedLayer(nn.Module):
     clock: Clock
     name: str
     stream: int
+    quantizers: Quantizers | None
     plain: type[nn.Module]
 
     @staticmethod
     def check(layer: nn.Module, recipe: LinearRecipe, name: str) -> None:
         """Raises TypeError for a subclass of nn.Linear or Conv1D, whose own forward would be lost, and ValueError
-        for a transform that does not divide the layer's widths."""
+        for a transform that does not divide the layer's widths and for a range with a state that it cannot hold."""
         if not isinstance(layer, QuantizedLayer) and type(layer) not in (nn.Linear, conv1d_class()):
             raise TypeError(
                 f"{name} is a {type(layer).__name__}, whose own forward a conversion would lose; only nn.Linear and "
@@ -63,6 +73,7 @@ class QuantizedLayer(nn.Module):
             transform = getattr(recipe, gemm).transform
             if transform is not None:
                 transform.check(contraction, f"{name} ({gemm})")
+        check_ranges(recipe, name, k_major(layer))
 
     @staticmethod
     def convert(layer: nn.Module, recipe: LinearRecipe, *, name: str, clock: Clock) -> QuantizedLayer:
@@ -74,15 +85,18 @@ class QuantizedLayer(nn.Module):
             layer.__class__ = QuantizedLinear if plain is nn.Linear else QuantizedConv1D
             assert isinstance(layer, QuantizedLayer)
             layer.plain = plain
+        layer._modules.pop("quantizers", None)
         layer.recipe, layer.clock, layer.name = recipe, clock, name
         layer.stream = stream_id(name)
+        quantizers = Quantizers(recipe, k_major(layer))
+        layer.quantizers = quantizers if len(quantizers) else None
         clock.follow(layer.weight.device)
         return layer
 
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in ("recipe", "clock", "name", "stream", "plain"):
+        for attribute in ("recipe", "clock", "name", "stream", "quantizers", "plain"):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
@@ -90,6 +104,24 @@ class QuantizedLayer(nn.Module):
         super()._apply(fn, recurse)
         self.clock.follow(self.weight.device)
         return self
+
+    def _learned(self) -> dict[str, LearnedStep]:
+        held = {} if self.quantizers is None else self.quantizers.by_operand()
+        return {operand: q for operand, q in held.items() if isinstance(q, LearnedStep)}
+
+    @property
+    def steps_begun(self) -> bool:
+        """Whether no learned step waits for ``start_steps``."""
+        return all(q.ready for q in self._learned().values())
+
+    @torch.no_grad()
+    def start_steps(self, input: Tensor) -> None:
+        """Begins the learned steps that have not: of the weight, and of the input from ``input`` [..., I]."""
+        gemms = _Gemms(self.recipe, Draws(self.clock.counters, self.stream), torch.float32, {}, {})
+        sources = {"fprop.input": input.reshape(-1, input.shape[-1]), "fprop.weight": k_major(self)}
+        for operand, quantizer in self._learned().items():
+            if not quantizer.ready:
+                quantizer.start(gemms.transformed(sources[operand], "fprop"))
 
     def extra_repr(self) -> str:
         quantized = ", ".join(f"{k}={v}" for k, v in self.recipe.operands().items() if v is not None)
@@ -108,14 +140,18 @@ class QuantizedLayer(nn.Module):
             raise TypeError(
                 f"{self.name}: compute dtype {dtype}; quantized layers compute in bfloat16 or float32"
             )
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        trains = torch.is_grad_enabled() and (self.weight.requires_grad or bool(self._learned()))
         if trains and self.recipe.wgrad.transform is not None:
             tokens = input.numel() // input.shape[-1]
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
+        states: list[Tensor | None] = [None, None]
+        if self.quantizers is not None:
+            self.quantizers.check_ready(self.name, trains=trains)
+            states = self.quantizers.flat()
         return _QuantizedLinear.apply(
-            input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains
+            input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains, *states
         )
 
 
@@ -130,21 +166,6 @@ class QuantizedConv1D(QuantizedLayer):
     stores_transposed = True
 
 
-def conv1d_class() -> type[nn.Module] | None:
-    """Conv1D of Hugging Face, if somebody has imported it: a model that has one has."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
-def k_major(layer: nn.Module, matrix: Tensor | None = None) -> Tensor:
-    """The weight of a linear layer, or a tensor of its shape such as the gradient, as GEMMs read it: [O, I], a view of
-    what is stored."""
-    stored = layer.weight if matrix is None else matrix
-    assert isinstance(stored, Tensor)
-    if isinstance(layer, QuantizedLayer):
-        return stored.t() if layer.stores_transposed else stored
-    return stored if isinstance(layer, nn.Linear) else stored.t()
-
-
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,40 +177,59 @@ class _QuantizedLinear(torch.autograd.Function):
         recipe: LinearRecipe,
         stream: int,
         dtype: torch.dtype,
-        trains: bool,
+        *trains_and_states: Any,
     ) -> Tensor:
+        # Never two of them: without gradients Dynamo (torch 2.13) takes arguments that are one more than the
+        # parameters of this function for a function that has no ctx, and shifts them
+        trains, states = trains_and_states[0], trains_and_states[1:]
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
         with torch.autocast(x.device.type, enabled=False):
-            gemms = _Gemms(recipe, Draws(counters, stream), dtype)
+            given, notes = of_flat(recipe, states)
+            gemms = _Gemms(recipe, Draws(counters, stream), dtype, given, notes if trains else {})
             x2 = x.reshape(-1, x.shape[-1])
-            xq, x_entered = gemms.forward_operand(x2, "input")
+            xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[8])
             # Of [I, O] storage too: the sums of a GEMM go by the layout of what it reads
-            wq, w_entered = gemms.forward_operand(weight.contiguous(), "weight")
+            w = weight.contiguous()
+            wq, w_entered, w_move = gemms.forward_operand(w, "weight", moves=ctx.needs_input_grad[9])
             y = quantized_gemm(x_entered, w_entered, dtype, bias)
             reused_w = w_entered if recipe.dgrad.weight == "fprop" else (None, None)
             kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 5
-            ctx.save_for_backward(weight, counters, *reused_w, *_bits(xq), *_bits(wq), *kept)
-        ctx.recipe, ctx.stream, ctx.dtype = recipe, stream, dtype
+            ctx.save_for_backward(
+                weight,
+                counters,
+                *reused_w,
+                *_bits(xq),
+                *_bits(wq),
+                x_move,
+                w_move,
+                *kept,
+                *states[: 2 + len(notes)],
+            )
+        ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[2 + len(notes) :]
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, counters, w_values, w_scale, x_bits, w_bits, *kept = ctx.saved_tensors
-        dx = dw = db = None
+        weight, counters, w_values, w_scale, x_bits, w_bits, x_move, w_move, *kept = ctx.saved_tensors
+        kept, ranges = kept[:5], kept[5:]
+        dx = dw = db = dx_step = dw_step = None
         with torch.autocast(weight.device.type, enabled=False):
-            gemms = _Gemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype)
+            given, notes = of_flat(ctx.recipe, (*ranges, *ctx.notes))
+            gemms = _Gemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, given, notes)
             g = grads[0].reshape(-1, weight.shape[0])
-            if ctx.needs_input_grad[0]:
-                dx = gemms.dgrad(g, weight, GemmOperand(w_values, w_scale), x_bits)
+            if ctx.needs_input_grad[0] or x_move is not None:
+                dx, dx_step = gemms.dgrad(g, weight, GemmOperand(w_values, w_scale), x_bits, x_move)
                 dx = dx.to(ctx.x_dtype).reshape(ctx.x_shape)
-            if ctx.needs_input_grad[1]:
-                dw = gemms.wgrad(g, kept, w_bits, weight.shape[1]).to(weight.dtype)
+            if ctx.needs_input_grad[1] or w_move is not None:
+                dw, dw_step = gemms.wgrad(g, kept, w_bits, w_move, weight.shape[1])
+                dw = dw.to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 db = g.to(torch.float32).sum(0).to(weight.dtype)
-        return dx, dw, db, None, None, None, None, None
+        none = (None,) * (len(ranges) - 2 + len(ctx.notes))
+        return dx, dw, db, None, None, None, None, None, dx_step, dw_step, *none
 
 
 def _bits(q: Quantized | None) -> tuple[Tensor | None]:
@@ -204,10 +244,19 @@ def _masked(d: Tensor, bits: Tensor | None) -> Tensor:
 class _Gemms:
     """The three GEMMs of one layer at one moment."""
 
-    def __init__(self, recipe: LinearRecipe, draws: Draws, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        recipe: LinearRecipe,
+        draws: Draws,
+        dtype: torch.dtype,
+        given: dict[str, Tensor],
+        notes: dict[str, Tensor],
+    ) -> None:
+        """given, notes: of the operands whose ranges have a state, by name (``qtrain.nn.quantizers``)."""
         self.recipe, self.draws, self.dtype = recipe, draws, dtype
+        self.given, self.notes = given, notes
 
-    def _transformed(self, view: Tensor, gemm: str) -> Tensor:
+    def transformed(self, view: Tensor, gemm: str) -> Tensor:
         """[F, K] in the basis of that GEMM."""
         transform = getattr(self.recipe, gemm).transform
         if transform is None:
@@ -224,7 +273,10 @@ class _Gemms:
         noise = self.draws.noise(spec, operand, shape, tokens=not operand.endswith("weight"))
         if noise is not None and stored_transposed:
             noise = noise.t()
-        return quantize_values(view, spec, noise)
+        q = quantize_values(view, spec, noise, self.given.get(operand))
+        if operand in self.notes:
+            note(self.notes[operand], q)
+        return q
 
     def _entered(self, view: Tensor, q: Quantized | None, operand: str) -> GemmOperand:
         if q is None:
@@ -233,14 +285,22 @@ class _Gemms:
         assert spec is not None
         return enter(q.values, q.scale, spec, self.dtype)
 
-    def forward_operand(self, source: Tensor, which: str) -> tuple[Quantized | None, GemmOperand]:
-        """``input`` [T, I] or ``weight`` [O, I] as fprop reads it."""
-        view = self._transformed(source, "fprop")
-        q = self._quantized(view, f"fprop.{which}")
-        return q, self._entered(view, q, f"fprop.{which}")
+    def forward_operand(
+        self, source: Tensor, which: str, *, moves: bool = False
+    ) -> tuple[Quantized | None, GemmOperand, Tensor | None]:
+        """``input`` [T, I] or ``weight`` [O, I] as fprop reads it. moves: give dx^/ds as well, [F, I] in the compute
+        dtype."""
+        view, operand = self.transformed(source, "fprop"), f"fprop.{which}"
+        q = self._quantized(view, operand)
+        move = None
+        if moves and q is not None:
+            spec = self.recipe.resolved(operand)
+            assert spec is not None
+            move = move_of_step(view, q, spec).to(self.dtype)
+        return q, self._entered(view, q, operand), move
 
     def _wgrad_input(self, x: Tensor) -> tuple[Tensor, Quantized | None]:
-        view = self._transformed(x.t(), "wgrad")
+        view = self.transformed(x.t(), "wgrad")
         return view, self._quantized(view, "wgrad.input", stored_transposed=True)
 
     def kept_of_input(self, x: Tensor, xq: Quantized | None) -> tuple[Tensor | None, ...]:
@@ -274,40 +334,63 @@ class _Gemms:
         packed = QTensor(codes, scale, zero_point, tensor_scale, shape if reuse else shape[::-1], spec)
         return enter(*grid_values(packed), spec, self.dtype)
 
-    def dgrad(self, g: Tensor, weight: Tensor, w_entered: GemmOperand, x_bits: Tensor | None) -> Tensor:
-        """g [T, O] -> dx [T, I]."""
+    def dgrad(
+        self,
+        g: Tensor,
+        weight: Tensor,
+        w_entered: GemmOperand,
+        x_bits: Tensor | None,
+        x_move: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """g [T, O] -> dx [T, I], and the gradient of the input's learned step."""
         reuse, fold = self.recipe.dgrad.weight == "fprop", None
         if reuse:
             w, fold = enter_transposed(w_entered, fold=self.recipe.dgrad.grad_output is not None)
         else:
-            w_view = self._transformed(weight.contiguous().t(), "dgrad")
+            w_view = self.transformed(weight.contiguous().t(), "dgrad")
             w = self._entered(
                 w_view, self._quantized(w_view, "dgrad.weight", stored_transposed=True), "dgrad.weight"
             )
-        g_view = self._transformed(g if fold is None else g.to(torch.float32) * fold, "dgrad")
+        g_view = self.transformed(g if fold is None else g.to(torch.float32) * fold, "dgrad")
         g_entered = self._entered(g_view, self._quantized(g_view, "dgrad.grad_output"), "dgrad.grad_output")
-        return self._to_parameter_basis(quantized_gemm(g_entered, w, self.dtype), x_bits, rotated=reuse)
+        d = quantized_gemm(g_entered, w, self.dtype)
+        return self._to_parameter_basis(d, x_bits, x_move, "fprop.input", rotated=reuse)
 
-    def wgrad(self, g: Tensor, kept: list[Tensor | None], w_bits: Tensor | None, in_features: int) -> Tensor:
-        """g [T, O] -> dW [O, I]."""
+    def wgrad(
+        self,
+        g: Tensor,
+        kept: list[Tensor | None],
+        w_bits: Tensor | None,
+        w_move: Tensor | None,
+        in_features: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """g [T, O] -> dW [O, I], and the gradient of the weight's learned step."""
         reuse, fold = self.recipe.wgrad.input == "fprop", None
         x = self._kept_entered(kept, (g.shape[0], in_features))
         if reuse:
             x, fold = enter_transposed(x, fold=self.recipe.wgrad.grad_output is not None)
-        g_view = self._transformed(g.t() if fold is None else g.t().to(torch.float32) * fold, "wgrad")
+        g_view = self.transformed(g.t() if fold is None else g.t().to(torch.float32) * fold, "wgrad")
         gq = self._quantized(g_view, "wgrad.grad_output", stored_transposed=True)
         g_entered = self._entered(g_view, gq, "wgrad.grad_output")
-        return self._to_parameter_basis(quantized_gemm(g_entered, x, torch.float32), w_bits, rotated=reuse)
+        d = quantized_gemm(g_entered, x, torch.float32)
+        return self._to_parameter_basis(d, w_bits, w_move, "fprop.weight", rotated=reuse)
 
-    def _to_parameter_basis(self, d: Tensor, bits: Tensor | None, *, rotated: bool) -> Tensor:
-        """A gradient [F, I] of an operand of fprop: masked in the forward's basis, given back in the stored one.
-        rotated: whether it is in the forward's basis already (its GEMM read the forward's operand)."""
-        transform = self.recipe.fprop.transform
-        if transform is None:
-            return _masked(d, bits)
-        signs = self.draws.signs(transform, "fprop", d.shape[1])
-        if not rotated:
-            if bits is None:
-                return d
-            d = transform.forward(d, signs)
-        return transform.inverse(_masked(d, bits), signs)
+    def _to_parameter_basis(
+        self, d: Tensor, bits: Tensor | None, move: Tensor | None, operand: str, *, rotated: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A gradient [F, I] of an operand of fprop: masked in the forward's basis, given back in the stored one; and
+        that of its learned step. rotated: whether it is in the forward's basis already (its GEMM read the forward's
+        operand)."""
+        transform, signs, step = self.recipe.fprop.transform, None, None
+        if transform is not None:
+            signs = self.draws.signs(transform, "fprop", d.shape[1])
+            if not rotated:
+                if bits is None and move is None:
+                    return d, None
+                d = transform.forward(d, signs)
+        if move is not None:
+            spec = self.recipe.resolved(operand)
+            assert spec is not None
+            step = step_gradient(d, move, spec, operand)
+        d = _masked(d, bits)
+        return d if transform is None else transform.inverse(d, signs), step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .linear import k_major
+from .storage import k_major
 
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
@@ -56,13 +56,14 @@ class Watch(TorchDispatchMode):
 
 @dataclass
 class Call:
-    """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, as
-    the layer was entered. needs_dx: whether its input asks for a gradient.
+    """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, given:
+    the ranges that have a state, as the layer was entered. needs_dx: whether its input asks for a gradient.
 
     Parameters are those that the layer was entered with: where they are sharded, it is whole only then."""
 
     counters: Tensor
     needs_dx: bool
+    given: dict[str, Tensor] = field(default_factory=dict)
     edges: dict[str, Tensor] = field(default_factory=dict)
     forward: list[Product] = field(default_factory=list)
     backward: list[Product] = field(default_factory=list)
@@ -102,6 +103,9 @@ class LayerProbe:
         key, x = next(iter(entering.items()))
         call = Call(self.counters.clone(), x.requires_grad and torch.is_grad_enabled())
         call.edges["x"] = x.detach().clone()
+        quantizers = getattr(module, "quantizers", None)
+        if quantizers is not None:
+            call.given = {name: t.detach().clone() for name, t in quantizers.given().items()}
         self.calls.append(call)
         self._parameters.append(dict(module._parameters))
         for name, gradient in (("weight", "dW"), ("bias", "db")):

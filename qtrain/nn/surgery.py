@@ -20,7 +20,8 @@ from qtrain.quant import LinearRecipe, ModelRecipe
 
 from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
-from .linear import QuantizedLayer, k_major
+from .linear import QuantizedLayer
+from .storage import k_major
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,11 @@ def _check_fit(parts: Assembly) -> None:
         )
     tokens = settings.micro_batch_sequences * settings.sequence_tokens
     for recipe in (parts.recipe.linear, *(rule.recipe for rule in parts.recipe.rules)):
+        if recipe is not None and recipe.learns_steps and parts.processes.sharding == "fsdp2":
+            raise ValueError(
+                "a recipe with clip=learned under trainer.strategy=fsdp2: a layer's steps are fewer than its rows, and "
+                "would be cut up with them; take trainer=ddp, or ranges static or delayed"
+            )
         if recipe is not None and recipe.wgrad.transform is not None:
             recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
 

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import default_collate
 
 from qtrain.data.stream import mix_words
+from qtrain.nn.quantizers import follow_optimizer, start_steps
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
 from .assembly import Assembly
@@ -93,8 +95,20 @@ class QuantizedTransformer(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.parts.optimizer.for_model(self.model)
+        follow_optimizer(self.model, optimizer)
         scheduler = LambdaLR(optimizer, self.parts.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Begins the learned steps on the run's first micro-batch, which all ranks have alike."""
+
+        def run(model: nn.Module) -> None:
+            windows = self.trainer.datamodule.train_windows()  # type: ignore[attr-defined]
+            first = default_collate([windows[i] for i in range(self.settings.micro_batch_sequences)])
+            with self.trainer.precision_plugin.forward_context():
+                model(first["input"].to(self.device))
+
+        start_steps(self.model, run)
 
     @property
     def accumulate(self) -> int:
