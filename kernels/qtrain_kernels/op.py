@@ -11,7 +11,7 @@ never while tracing. That is what makes ``op.calls`` evidence that a GEMM or a q
 in ``Module.forward`` would break the graph or count traces. (A CUDA graph replays kernels without their Python
 body: it counts the capture only.)
 
-Importing an op probes no device and needs no triton: files named ``*_triton`` hold the kernels and are imported
+Importing an op probes no device and needs no triton: files named ``*_triton`` and ``*_cpu`` hold kernels and are imported
 by their launch alone.
 """
 
@@ -35,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 NAMESPACE = "qtrain"
 DEVICES = ("cuda", "cpu")
+KERNEL_FILES = ("_triton", "_cpu")
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,10 @@ def define_op(
 
 
 def all_ops() -> dict[str, Op[Any, Any]]:
-    """Every op of the package by name, found by importing its files, except the ``*_triton`` ones."""
+    """Every op of the package by name, found by importing its files, except those of kernels."""
     package = importlib.import_module(__package__ or "qtrain_kernels")
     for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.endswith("_triton"):
+        if not module.name.endswith(KERNEL_FILES):
             importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_REGISTRY.items()))
 

@@ -1,4 +1,5 @@
-"""Time a training step (``qtrain bench step``) or a kernel (``qtrain bench kernels --op NAME``).
+"""Time a training step (``qtrain bench step``), the loader of its data (``qtrain bench data``, in ``bench_data``) or a
+kernel (``qtrain bench kernels --op NAME``).
 
 A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
 in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
@@ -60,8 +61,14 @@ def check(cfg: DictConfig) -> None:
     """Raises ValueError or TypeError for what cannot be timed."""
     import torch
 
+    if cfg.what == "data":
+        from . import bench_data
+
+        return bench_data.check(cfg)
     if cfg.what != "step":
-        raise ValueError(f"what={cfg.what!r}: allowed are step and kernels (qtrain bench kernels --help)")
+        raise ValueError(
+            f"what={cfg.what!r}: allowed are step, data and kernels (qtrain bench kernels --help)"
+        )
     unknown = [arm for arm in cfg.arms if arm not in ARMS]
     if unknown or not cfg.arms:
         raise ValueError(f"arms={list(cfg.arms)}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
@@ -89,6 +96,10 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Prints the table and writes the JSON file."""
+    if cfg.what == "data":
+        from . import bench_data
+
+        return bench_data.run(cfg)
     device = _device(cfg)
     steps = {arm: build_arm(arm, cfg, device) for arm in cfg.arms}
     print(f"{', '.join(steps)}: warming up, which compiles", flush=True)

@@ -96,6 +96,8 @@ def findings(*, functional: bool) -> Iterator[Line]:
     yield memory_line()
     yield from storage_lines()
     yield compiler_line()
+    if torch_here:
+        yield cpu_kernels_line()
     yield wandb_line()
     if functional and torch_here:
         yield functional_line()
@@ -233,6 +235,23 @@ def compiler_line() -> Line:
             return Line("ok", "c++ compiler", path)
     return Line(
         "note", "c++ compiler", "none: torch.compile on the CPU needs one; install g++ or give compile=false"
+    )
+
+
+def cpu_kernels_line() -> Line:
+    """What ``compute=native`` runs on; builds the kernels where they are not built yet."""
+    from qtrain_kernels.cpu_tier import tier
+
+    try:
+        chosen = tier()
+    except ValueError as error:
+        return Line("missing", "int8 kernels", str(error), True)
+    if chosen.library is not None:
+        return Line("ok", "int8 kernels", f"{chosen}: compute=native multiplies int8 codes on the CPU")
+    return Line(
+        "note",
+        "int8 kernels",
+        f"torch's alone ({chosen.reason}); compute=auto simulates, compute=native is slow",
     )
 
 

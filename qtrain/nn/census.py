@@ -8,8 +8,8 @@ under outside observation (``probe``) and holds every operand and result to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .linear import QuantizedLayer
 from .observation import Observation, missing, observe_layer
-from .probe import LayerProbe, Watch
+from .probe import NATIVE_OPS, LayerProbe, Watch
 from .quantizers import notes_put_back
 from .surgery import SurgeryReport
 
@@ -29,9 +29,11 @@ class CensusError(RuntimeError):
 @dataclass(frozen=True)
 class Census:
     """What a probe step showed. ``observations``: three pairs of operands, y, dx, dW and db of each passage through
-    a layer."""
+    a layer. flops: of all matrix products that executed, by the precision of their operands (attention's own kernels
+    are none)."""
 
     observations: tuple[Observation, ...]
+    flops: Mapping[str, int] = field(default_factory=dict)
 
     def failures(self) -> list[str]:
         """A sentence for each thing that is not as configured."""
@@ -47,6 +49,12 @@ class Census:
     def quantized(self) -> list[Observation]:
         """The observations of quantized operands."""
         return [o for o in self.observations if o.levels is not None]
+
+    def flops_summary(self) -> str:
+        """``int8 96.2%, bf16 3.8%``: the share of the products' FLOPs in each precision."""
+        total = sum(self.flops.values())
+        shares = sorted(self.flops.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {flops / total:.1%}" for name, flops in shares) or "none seen"
 
     def summary(self) -> str:
         """One line."""
@@ -66,7 +74,13 @@ class Census:
             {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in asdict(o).items()}
             for o in self.observations
         ]
-        return {"summary": self.summary(), "failures": self.failures(), "observations": rows}
+        return {
+            "summary": self.summary(),
+            "failures": self.failures(),
+            "flops": dict(self.flops),
+            "flops_summary": self.flops_summary(),
+            "observations": rows,
+        }
 
     def __str__(self) -> str:
         from io import StringIO
@@ -138,6 +152,7 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
     counters = report.clock.counters
     kept = counters.clone()
     probes = {name: LayerProbe(layers[name], counters, watch) for name in plan if name in layers}
+    calls = _native_calls()
     try:
         with torch.compiler.set_stance("force_eager"), notes_put_back(model), watch:
             gradients_of_probe(model, probe)
@@ -146,6 +161,9 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
         for layer_probe in probes.values():
             layer_probe.remove()
     observations: list[Observation] = []
+    if _native_calls() - calls != watch.native_calls:
+        found = f"counts {_native_calls() - calls} executions where {watch.native_calls} products were seen"
+        observations.append(missing("int8_scaled_mm", found))
     for layer in report.layers:
         module = layers.get(layer.name)
         if layer.recipe is None:
@@ -156,5 +174,10 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
             hint = f" (there is {near}: pass the model that apply_recipe got)" if near else ""
             observations.append(missing(layer.name, f"is no module of the model{hint}"))
         else:
-            observations += observe_layer(layer.name, layer.recipe, probes[layer.name])
-    return Census(tuple(observations))
+            observations += observe_layer(layer.name, layer.recipe, probes[layer.name], native=layer.native)
+    return Census(tuple(observations), watch.flops)
+
+
+def _native_calls() -> int:
+    """What the counters inside the bodies of the ops say."""
+    return sum(op.calls for op in NATIVE_OPS.values())

@@ -59,6 +59,10 @@ class Draws:
         self.counters = counters
         self.stream = stream
 
+    def words(self, draw: str) -> tuple[Tensor, Tensor, int, Tensor]:
+        """(seed, step, stream, token offset), as kernels that draw their own bits take them."""
+        return self._named(draw)
+
     def _named(self, draw: str) -> tuple[Tensor, Tensor, int, Tensor]:
         assert self.counters is not None, f"a deterministic recipe drew bits for {draw}"
         seed, step, token_offset = self.counters.unbind()

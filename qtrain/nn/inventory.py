@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .linear import QuantizedLayer
-from .storage import conv1d_class
+from .linear import QuantizedLayer, conv1d_class
 
 _NO_GEMM = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -5,6 +5,8 @@ agreement   of an operand: the share of its elements that are the oracle's, up t
             epilogue can carry, and a rounding to the compute dtype. Of y, dx, dW: the share of elements that follow
             from the product that was seen to execute, the oracle's scales, masks and transforms applied to it. So
             a product that executes beside the real one, with the right operands, proves nothing.
+native      where it is configured, the int8 product must have executed, its rows be the reference's to the bit, and y,
+            dx, dW be what it gave out, to the bit: neither a bf16 product inside of the op nor one beside it passes.
 sqnr_db     of each operand against what was to be quantized: two-sided, within a band around the oracle's. Too
             good fails as well: nothing was quantized. (Of y, dx, dW, against the unquantized products, it is
             shown only: roundings of bfloat16 speak in it where a bias or a sum cancels.)
@@ -13,7 +15,7 @@ sqnr_db     of each operand against what was to be quantized: two-sided, within 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from qtrain_kernels.counter_hash import stream_id
@@ -23,6 +25,7 @@ from qtrain.quant import LinearRecipe, QuantSpec
 
 from .clock import Draws
 from .linear import QuantizedLayer
+from .native import runs_natively
 from .oracle import OracleGemm, OracleOperand, linear_oracle
 from .probe import Call, LayerProbe, Product
 
@@ -245,17 +248,38 @@ def missing(layer: str, what: str) -> Observation:
     return Observation(layer, "layer", "", "", "", None, None, math.nan, math.nan, f"{what} in the probe")
 
 
-def observe_layer(name: str, recipe: LinearRecipe, probe: LayerProbe) -> list[Observation]:
-    """Every passage through the layer that is called ``name`` and must follow ``recipe``."""
+def observe_layer(
+    name: str, recipe: LinearRecipe, probe: LayerProbe, *, native: bool = False
+) -> list[Observation]:
+    """Every passage through the layer that is called ``name`` and must follow ``recipe``, natively or simulated."""
     layer = probe.layer
     if not isinstance(layer, QuantizedLayer):
         return [missing(name, "is no QuantizedLinear")]
     if not any("g" in call.edges for call in probe.calls):
         return [missing(name, "did not run forward and backward")]
-    return [o for call in probe.calls if "y" in call.edges for o in _observe_call(name, layer, recipe, call)]
+    calls = [call for call in probe.calls if "y" in call.edges]
+    return [o for call in calls for o in _observe_call(name, layer, recipe, call, native)]
 
 
-def _observe_call(name: str, layer: QuantizedLayer, recipe: LinearRecipe, call: Call) -> list[Observation]:
+def _computed_otherwise(call: Call, result: str, product: Product, native: bool) -> str:
+    """What is wrong with the way in which a GEMM was computed, whatever its numbers."""
+    if not native:
+        return "" if product.native is None else "computed natively, configured as simulated"
+    dtype = str(product.a.dtype).removeprefix("torch.")
+    if product.native is None:
+        return f"computed by {product.kernel} on {dtype}, configured as native"
+    if product.wrong:
+        return f"{product.wrong} rows that {product.kernel} gave out are not the product of its {dtype} codes"
+    edge, seen = call.edges[result], call.matrix(result)
+    assert seen is not None
+    given = product.native.to(edge.dtype).to(torch.float32)
+    others = int(((seen != given) & ~(seen.isnan() & given.isnan())).sum())
+    return f"{others} of {seen.numel()} elements are not what {product.kernel} gave out" if others else ""
+
+
+def _observe_call(
+    name: str, layer: QuantizedLayer, recipe: LinearRecipe, call: Call, native: bool
+) -> list[Observation]:
     x, weight, y, g = (call.matrix(edge) for edge in ("x", "weight", "y", "g"))
     assert x is not None
     assert weight is not None
@@ -301,7 +325,9 @@ def _observe_call(name: str, layer: QuantizedLayer, recipe: LinearRecipe, call: 
         if product.added:
             follow = [follows - added for follows in follow]
         found = [_observe_result(name, result, seen, exact[result], gemm, f, added, rounding) for f in follow]
-        observations.append(max(found, key=lambda o: (not o.problem, o.agreement)))
+        best = max(found, key=lambda o: (not o.problem, o.agreement))
+        otherwise = _computed_otherwise(call, result, product, native and runs_natively(recipe, gemm_name))
+        observations.append(replace(best, problem=otherwise or best.problem))
     if g is not None and layer.bias is not None and layer.bias.requires_grad:
         observations.append(_observe_bias(name, call, g))
     return observations

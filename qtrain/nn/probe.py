@@ -7,24 +7,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .storage import k_major
+from .linear import k_major
 
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
 
+NATIVE_OPS = {"int8_scaled_mm": int8_scaled_mm}
+"""Products of our own. Their bodies are opaque to the dispatch mode, so that what they gave out is computed again."""
+
+CHECKED_ROWS = 512
+"""Rows of a native product, evenly spaced, that are computed again with the reference."""
+
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product that executed: out [M, N] = a [M, K] . b [N, K]^T, plus something if ``added``."""
+    """A matrix product that executed: out [M, N] = a [M, K] . b [N, K]^T, plus something if ``added``.
+
+    Of a native one, ``out`` is the product of its codes alone and ``native`` what it gave out, scales and bias included;
+    ``wrong``: how many of the rows looked at are not, to the bit, what its reference gives."""
 
     kernel: str
     a: Tensor
     b: Tensor
     out: Tensor
     added: bool
+    native: Tensor | None = None
+    wrong: int = 0
 
 
 class Watch(TorchDispatchMode):
@@ -33,25 +45,57 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.open: dict[int, list[Product]] = {}
+        self.native_calls = 0
+        self.flops: dict[
+            str, int
+        ] = {}  # of all matrix products that executed, by the precision of their operands
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name in NATIVE_OPS:
+            self.native_calls += 1
+            self._count(*args[:2])
+            if self.open:
+                self._give(_native_product(name, args, out))
+        elif name in GEMM_OPS:
+            self._count(args[GEMM_OPS[name]], args[GEMM_OPS[name] + 1].t())
         if self.open and name in GEMM_OPS:
             first = GEMM_OPS[name]
             a, b = args[first : first + 2]
             # Copies: of a sharded parameter the memory is given back after the forward
             a, b = a.detach().clone(), b.detach().clone().t()
-            product = Product(name, a, b, out.detach().clone(), first == 1)
-            for products in self.open.values():
-                products.append(product)
+            self._give(Product(name, a, b, out.detach().clone(), first == 1))
         return out
+
+    def _give(self, product: Product) -> None:
+        for products in self.open.values():
+            products.append(product)
+
+    def _count(self, a: Tensor, b: Tensor) -> None:
+        """a [M, K] . b [N, K]^T."""
+        name = _PRECISIONS.get(a.dtype, str(a.dtype).removeprefix("torch."))
+        self.flops[name] = self.flops.get(name, 0) + 2 * a.shape[0] * a.shape[1] * b.shape[0]
 
     def start(self, products: list[Product]) -> None:
         self.open[id(products)] = products
 
     def stop(self, products: list[Product]) -> None:
         self.open.pop(id(products), None)
+
+
+def _native_product(name: str, args: tuple[Any, ...], out: Tensor) -> Product:
+    a, b, a_scale, b_scale, bias, dtype = args
+    rows = torch.linspace(0, a.shape[0] - 1, min(CHECKED_ROWS, a.shape[0])).long()
+    scale = a_scale if a_scale is None or a_scale.shape[0] == 1 else a_scale[rows]
+    again = NATIVE_OPS[name].reference(a[rows], b, scale, b_scale, bias, dtype)
+    same = (again == out[rows]) | (again.isnan() & out[rows].isnan())
+    codes = NATIVE_OPS[name].reference(a, b, None, None, None, torch.float32)
+    wrong = int((~same.all(1)).sum())
+    return Product(name, a.clone(), b.clone(), codes, False, out.detach().clone(), wrong)
+
+
+_PRECISIONS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
 @dataclass

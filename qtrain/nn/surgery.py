@@ -14,24 +14,27 @@ import fnmatch
 import math
 from dataclasses import dataclass
 
+from qtrain_kernels.cpu_tier import tier
 from torch import Tensor, nn
 
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
-from .linear import QuantizedLayer
-from .storage import k_major
+from .linear import QuantizedLayer, k_major
+from .native import obstacles
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision). Or a
-    matrix outside of linear layers, of any shape and always in high precision."""
+    matrix outside of linear layers, of any shape and always in high precision. native: whether its GEMMs run on codes
+    or are simulated."""
 
     name: str
     shape: tuple[int, ...]
     recipe: LinearRecipe | None
+    native: bool = False
 
     @property
     def parameters(self) -> int:
@@ -41,10 +44,12 @@ class LayerReport:
 @dataclass(frozen=True)
 class SurgeryReport:
     """What ``apply_recipe`` did. ``clock``: shared by the quantized layers, to be set before each forward of a
-    stochastic recipe. ``layers``: every linear layer, in the model's order, then what lies outside of them."""
+    stochastic recipe. ``layers``: every linear layer, in the model's order, then what lies outside of them.
+    ``compute``: how the quantized ones compute, and why not natively where that was left open."""
 
     clock: Clock
     layers: tuple[LayerReport, ...]
+    compute: str = "simulated"
 
     @property
     def plan(self) -> dict[str, LinearRecipe]:
@@ -75,7 +80,8 @@ class SurgeryReport:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"{self.quantized_fraction:.1%} of the linear weights are quantized")
+        title = f"{self.quantized_fraction:.1%} of the linear weights are quantized; compute: {self.compute}"
+        table = Table(title=title)
         for column in ("layer", "out x in", "fprop x | W", "dgrad g | W", "wgrad g | x", "saved"):
             table.add_column(column, overflow="fold")
         for layer in self.layers:
@@ -89,7 +95,8 @@ class SurgeryReport:
                 transform = getattr(layer.recipe, gemm).transform
                 pair = f"{operands[2 * i]} | {operands[2 * i + 1]}"
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
-            table.add_row(layer.name, shape, *gemms, layer.recipe.saved)
+            saved = f"{layer.recipe.saved}, native" if layer.native else layer.recipe.saved
+            table.add_row(layer.name, shape, *gemms, saved)
         simulated = self.simulated_only()
         if simulated:
             table.caption = (
@@ -141,12 +148,45 @@ def _check_outside(recipe: ModelRecipe, outside: dict[str, Tensor]) -> None:
         )
 
 
-def apply_recipe(model: nn.Module, recipe: ModelRecipe, *, seed: int = 0) -> SurgeryReport:
+def _native_layers(
+    recipe: ModelRecipe, plan: dict[str, LinearRecipe | None], linears: dict[str, nn.Module], device: str
+) -> tuple[str, set[str]]:
+    """How the plan computes, in a few words, and the names of the layers that do so natively."""
+    planned = {name: layer for name, layer in plan.items() if layer is not None}
+    if recipe.compute == "simulated" or not planned:
+        return "simulated", set()
+    why = "" if device in ("cpu", "meta") else f"there is no int8 GEMM of ours for {device}"
+    able = {name for name, layer in planned.items() if not obstacles(layer)}
+    if recipe.compute == "native":
+        if why:
+            raise ValueError(f"compute=native: {why}; pass recipe.compute=simulated or device=cpu")
+        for name in planned:
+            if name not in able:
+                raise ValueError(
+                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(obstacles(planned[name]))}; or "
+                    f"exclude the layer, or pass recipe.compute=simulated"
+                )
+        return f"native, int8 on {tier()}", able
+    if not why and not able:
+        why = obstacles(next(iter(planned.values())))[0]
+    elif not why and tier().library is None:
+        why = f"only torch's int8 GEMM is here: {tier().reason}"
+    if why:
+        return f"simulated ({why})", set()
+    others = f", {len(planned) - len(able)} layers simulated" if len(able) < len(planned) else ""
+    return f"native, int8 on {tier()}{others}", able
+
+
+def apply_recipe(
+    model: nn.Module, recipe: ModelRecipe, *, seed: int = 0, device: str | None = None
+) -> SurgeryReport:
     """Convert the linear layers of ``model`` in place; a second call with another recipe replaces the first.
 
-    seed: of the random bits of stochastic recipes. Raises ValueError for a pattern that matches nothing, a
+    seed: of the random bits of stochastic recipes. device: the type of the one that the model is going to run on, where
+    it isn't there yet. Raises ValueError for a pattern that matches nothing, a
     transform that does not divide a layer's widths, a model without linear layers, a model that was loaded quantized,
-    or a matrix outside of linear layers that the recipe covers (``inventory``); TypeError for a linear layer that
+    a matrix outside of linear layers that the recipe covers (``inventory``), or ``compute=native`` with a recipe or on a
+    device that has no native path; TypeError for a linear layer that
     cannot be converted and is not excluded: a subclass, a parametrized or adapted one. Nothing is changed when it
     raises.
     """
@@ -159,13 +199,18 @@ def apply_recipe(model: nn.Module, recipe: ModelRecipe, *, seed: int = 0) -> Sur
         check_not_quantized(model)
     _check_layers(model, recipe, linears)
     _check_outside(recipe, outside)
+    device = device or next(iter(linears.values())).weight.device.type  # type: ignore[union-attr, assignment]
+    compute, native = _native_layers(recipe, plan, linears, str(device))
     clock = Clock(seed)
     for name, layer in linears.items():
         layer_recipe = plan[name]
         if layer_recipe is not None:
-            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock)
+            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock, native=name in native)
         elif isinstance(layer, QuantizedLayer):
             layer.revert()
-    layers = [LayerReport(name, tuple(k_major(layer).shape), plan[name]) for name, layer in linears.items()]
+    layers = [
+        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native)
+        for name, layer in linears.items()
+    ]
     layers += [LayerReport(name, tuple(matrix.shape), None) for name, matrix in outside.items()]
-    return SurgeryReport(clock, tuple(layers))
+    return SurgeryReport(clock, tuple(layers), compute)

@@ -28,6 +28,7 @@ from .transforms import Hadamard, Transform
 
 Operand = QuantSpec | str | None
 GEMMS = ("fprop", "dgrad", "wgrad")
+COMPUTES = ("simulated", "native", "auto")
 
 
 def as_operand(value: Any, where: str, *, reuse: bool = False) -> Operand:
@@ -211,7 +212,9 @@ class ModelRecipe:
 
     linear: for every linear layer (None: none). rules: ordered, the last match wins. exclude: patterns that stay
     in high precision, whatever the rules. A pattern that matches nothing is an error (raised by
-    ``qtrain.nn.apply_recipe``). compute: ``simulated`` multiplies grid values in ordinary GEMMs.
+    ``qtrain.nn.apply_recipe``). compute: ``simulated`` multiplies grid values in ordinary GEMMs; ``native`` multiplies
+    codes on low-precision hardware, or raises; ``auto`` is native in the layers and on the machines that have a fast
+    native path, else simulated, and the surgery's report says where.
     """
 
     linear: LinearRecipe | None = None
@@ -225,9 +228,10 @@ class ModelRecipe:
         object.__setattr__(self, "rules", tuple(_as(Rule, r) for r in self.rules))
         exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
         object.__setattr__(self, "exclude", exclude)
-        if self.compute != "simulated":
+        if self.compute not in COMPUTES:
             raise ValueError(
-                f"compute={self.compute!r}: allowed is simulated (grid values in bf16 or fp32 GEMMs)"
+                f"compute={self.compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in "
+                "int8 GEMMs) and auto (native where it is fast)"
             )
 
     def for_layer(self, name: str) -> LinearRecipe | None:

@@ -35,7 +35,7 @@ from qtrain.data.stream import mix_words
 from qtrain.nn.quantizers import follow_optimizer, start_steps
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
-from .assembly import Assembly
+from .assembly import Assembly, resolved_device
 from .identity import plan_of, recipe_digest
 from .processes import summed
 from .run_folder import CENSUS, versions
@@ -85,7 +85,8 @@ class QuantizedTransformer(LightningModule):
         if hasattr(self, "surgery"):
             return
         model = self.parts.make_model(pretrained=not self._continues)
-        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed)
+        device = resolved_device(self.settings.device)
+        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed, device=device)
         mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
             compile_for(model, self.parts.processes.sharding)
@@ -196,8 +197,8 @@ class QuantizedTransformer(LightningModule):
 
     @property
     def val_loss(self) -> float:
-        """Nats per token over all windows of the last validation."""
-        return float(self.window_losses.double().mean())
+        """Nats per token over all windows of the last validation; of several parts, by their weights."""
+        return self.trainer.datamodule.val.loss(self.window_losses)  # type: ignore[attr-defined]
 
     def _set_counters(self, loops: dict[str, Any], step: int) -> None:
         """Puts Lightning's counters to the complete step, in micro-batches of this run."""
@@ -224,13 +225,14 @@ class QuantizedTransformer(LightningModule):
         step = self.trainer.global_step
         self._set_counters(checkpoint["loops"], step)
         census = Path(self.trainer.default_root_dir) / CENSUS
+        tokenizer = self.trainer.datamodule.corpus.tokenizer  # type: ignore[attr-defined]
         checkpoint["qtrain"] = {
             "step": step,
             "tokens": step * self.settings.step_tokens,
             "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
             # By its contents, so that a checkpoint is enough by itself
-            "tokenizer": self.trainer.datamodule.shards.tokenizer.state(),  # type: ignore[attr-defined]
+            "tokenizer": None if tokenizer is None else tokenizer.state(),
             "recipe_sha256": recipe_digest(self.parts.recipe),
             "plan": plan_of(self.surgery, self.parts.recipe),
             "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,

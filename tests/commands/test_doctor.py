@@ -146,3 +146,22 @@ def test_it_opens_no_socket() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_cpu_kernels_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain_kernels import cpu_tier
+
+    monkeypatch.setattr(
+        cpu_tier, "tier", lambda: cpu_tier.Tier("torch", "no C++ compiler; install g++", None)
+    )
+    line = doctor.cpu_kernels_line()
+    assert (line.status, line.required) == ("note", False)
+    assert "install g++" in line.text
+    monkeypatch.setattr(cpu_tier, "tier", lambda: cpu_tier.Tier("amx", "", object()))  # type: ignore[arg-type]
+    assert str(doctor.cpu_kernels_line()).startswith("ok      int8 kernels    amx: compute=native")
+
+    def refused() -> cpu_tier.Tier:
+        raise ValueError("QTRAIN_CPU_KERNELS=amx: this CPU has no amx_int8; take auto or torch")
+
+    monkeypatch.setattr(cpu_tier, "tier", refused)
+    assert doctor.cpu_kernels_line().status == "missing"

@@ -28,7 +28,9 @@ def loss_of(dtype: str) -> Probe:
     return probe
 
 
-def gpt(name: str = "int8_reused", *, layers: int = 1, **changes: Any) -> tuple[GPT, Any]:
+def gpt(
+    name: str = "int8_reused", *, layers: int = 1, compute: str = "simulated", **changes: Any
+) -> tuple[GPT, Any]:
     """A converted model with biases that are not zero, and its report, at some step of its clock."""
     config = GPTConfig(
         vocab_size=64, sequence_tokens=16, layers=layers, heads=2, width=32, **{"bias": True, **changes}
@@ -39,7 +41,7 @@ def gpt(name: str = "int8_reused", *, layers: int = 1, **changes: Any) -> tuple[
         if p.dim() == 1:
             p.data += 0.1 * torch.randn(p.shape, generator=generator)
     recipe = LAYERS[name] if isinstance(name, str) else name
-    report = apply_recipe(model, ModelRecipe(linear=LinearRecipe(**recipe)), seed=5)
+    report = apply_recipe(model, ModelRecipe(linear=LinearRecipe(**recipe), compute=compute), seed=5)
     report.clock.set(step=7, token_offset=320)
     return model, report
 

@@ -387,12 +387,13 @@ def test_one_pattern_may_be_a_string():
     assert ModelRecipe(exclude=["a", "b"]).patterns() == ["a", "b"]
 
 
-@pytest.mark.parametrize("compute", ["native", "auto", "", None])
+@pytest.mark.parametrize("compute", ["natve", "", None])
 def test_compute(compute):
     with pytest.raises(ValueError, match="compute") as raised:
         ModelRecipe(compute=compute)
     assert str(raised.value) == (
-        f"compute={compute!r}: allowed is simulated (grid values in bf16 or fp32 GEMMs)"
+        f"compute={compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in int8 GEMMs) "
+        "and auto (native where it is fast)"
     )
 
 

@@ -1,0 +1,191 @@
+// x [R, C] -> int8 codes and scales along its rows and along its columns; quantize_rows_columns.py has the equations.
+//
+// Two passes over x: the largest magnitudes of rows and columns, then the codes. The second works on 64 x 64 tiles, so
+// that both copies are written in whole cache lines: rows as they are, columns after a transposition in registers.
+// Magnitudes are compared as the integers of their bits, where NaN > infinity > every number: none is lost.
+
+#include <cstring>
+
+#include "simd.h"
+
+namespace qtrain {
+namespace {
+
+constexpr long TILE = 64;
+constexpr float MIN_SCALE = 0x1p-100f;
+
+}  // namespace
+
+// One copy of codes. fold: multiplied into x before, along the other axis; or null. codes: null for no such copy.
+struct Side {
+  int8_t* codes;
+  float* scale;
+  const float* fold;
+  int32_t qmax;
+  int32_t stochastic;
+  int32_t per_tensor;
+  int32_t stream;
+};
+
+namespace {
+
+inline __m512i magnitude(__m512 v) { return _mm512_castps_si512(_mm512_abs_ps(v)); }
+
+// The scale of a largest magnitude, given as bits.
+float scale_of(int32_t bits, int qmax) {
+  float amax;
+  std::memcpy(&amax, &bits, 4);
+  float scale = amax / (float)qmax;
+  return scale < MIN_SCALE ? MIN_SCALE : scale;  // NaN stays
+}
+
+// v -> codes as 32-bit integers, of which the low byte counts: NaN converts to 0x80000000, whose low byte is 0.
+inline __m512i codes_of(__m512 v) { return _mm512_cvtps_epi32(v); }
+
+inline __m512i codes_of(__m512 v, __m512 u, __m512i qmax) {
+  __m512 floor = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __mmask16 up = _mm512_cmp_ps_mask(u, _mm512_sub_ps(v, floor), _CMP_LT_OQ);
+  __m512i code = _mm512_cvtps_epi32(floor);
+  return _mm512_min_epi32(_mm512_mask_add_epi32(code, up, code, _mm512_set1_epi32(1)), qmax);
+}
+
+template <class T>
+struct Quantizer {
+  const T* x;
+  long R, C, stride;
+  Side rows, columns;
+  Key row_key, column_key;
+  int64_t row_offset;
+  float *row_inverse, *column_inverse;  // 1 / scale
+  int32_t* column_bits;                 // [threads][C]: largest magnitudes, as bits
+
+  // Largest magnitudes of rows [from, to): of rows into rows.scale (bits), of columns into `bits`.
+  void measure(long from, long to, int32_t* bits) const {
+    if (columns.codes) std::memset(bits, 0, C * sizeof(int32_t));
+    for (long r = from; r < to; r++) {
+      __m512i largest = _mm512_setzero_si512();
+      __m512 fold = _mm512_set1_ps(columns.fold ? columns.fold[r] : 1.0f);
+      for (long c = 0; c < C; c += 16) {
+        __mmask16 lanes = lanes16(C - c);
+        __m512 v = load(x + r * stride + c, lanes);
+        if (rows.codes) {
+          __m512 folded = rows.fold ? _mm512_mul_ps(v, load(rows.fold + c, lanes)) : v;
+          largest = _mm512_max_epi32(largest, magnitude(folded));
+        }
+        if (columns.codes) {
+          __m512i seen = _mm512_maskz_loadu_epi32(lanes, bits + c);
+          __m512 folded = columns.fold ? _mm512_mul_ps(v, fold) : v;
+          _mm512_mask_storeu_epi32(bits + c, lanes, _mm512_max_epi32(seen, magnitude(folded)));
+        }
+      }
+      if (rows.codes) {
+        int32_t most = _mm512_reduce_max_epi32(largest);
+        std::memcpy(&rows.scale[r], &most, 4);
+      }
+    }
+  }
+
+  // From magnitudes to scales, once all threads have measured.
+  void finish_scales(int threads) const {
+    if (rows.codes) finish(rows, row_inverse, R, [&](long r) { int32_t b; std::memcpy(&b, &rows.scale[r], 4); return b; });
+    if (columns.codes)
+      finish(columns, column_inverse, C, [&](long c) {
+        int32_t most = 0;
+        for (int t = 0; t < threads; t++) most = column_bits[t * C + c] > most ? column_bits[t * C + c] : most;
+        return most;
+      });
+  }
+
+  template <class Bits>
+  static void finish(const Side& side, float* inverse, long n, Bits bits) {
+    int32_t most = 0;
+    if (side.per_tensor)
+      for (long i = 0; i < n; i++) most = bits(i) > most ? bits(i) : most;
+    for (long i = 0; i < n; i++) {
+      side.scale[i] = scale_of(side.per_tensor ? most : bits(i), side.qmax);
+      inverse[i] = 1.0f / side.scale[i];
+    }
+  }
+
+  // The codes of rows [r, r + 64) and columns [c, c + 64).
+  void tile(long r, long c) const {
+    alignas(64) __m512i words[4][16];  // [16 columns each][4 rows each]: words of four rows' codes a column
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (int quad = 0; quad < 16; quad++)
+      for (int group = 0; group < 4; group++) {
+        long column = c + 16 * group;
+        __mmask16 lanes = lanes16(C - column);
+        __m512i word = _mm512_setzero_si512();
+        for (int i = 0; i < 4; i++) {
+          long row = r + 4 * quad + i;
+          if (row >= R || !lanes) break;
+          __m512 v = load(x + row * stride + column, lanes);
+          if (rows.codes) {
+            __m512i codes = row_codes(v, row, column, lanes);
+            _mm_mask_storeu_epi8(rows.codes + row * C + column, lanes, _mm512_cvtepi32_epi8(codes));
+          }
+          if (columns.codes) {
+            __m512i codes = _mm512_and_si512(column_codes(v, row, column, lanes), byte);
+            word = _mm512_or_si512(word, _mm512_slli_epi32(codes, 8 * i));
+          }
+        }
+        words[group][quad] = word;
+      }
+    if (!columns.codes) return;
+    for (int group = 0; group < 4; group++) {
+      transpose16(words[group]);
+      for (long i = 0; i < 16 && c + 16 * group + i < C; i++)
+        _mm512_mask_storeu_epi8(columns.codes + (c + 16 * group + i) * R + r, lanes64(R - r), words[group][i]);
+    }
+  }
+
+  __m512i row_codes(__m512 v, long row, long column, __mmask16 lanes) const {
+    if (rows.fold) v = _mm512_mul_ps(v, load(rows.fold + column, lanes));
+    v = _mm512_mul_ps(v, _mm512_set1_ps(row_inverse[row]));
+    if (!rows.stochastic) return codes_of(v);
+    return codes_of(v, uniform16(row_key.row(row_offset + row), column), _mm512_set1_epi32(rows.qmax));
+  }
+
+  __m512i column_codes(__m512 v, long row, long column, __mmask16 lanes) const {
+    if (columns.fold) v = _mm512_mul_ps(v, _mm512_set1_ps(columns.fold[row]));
+    v = _mm512_mul_ps(v, load(column_inverse + column, lanes));
+    if (!columns.stochastic) return codes_of(v);
+    return codes_of(v, uniform16(column_key.row(row_offset + row), column), _mm512_set1_epi32(columns.qmax));
+  }
+
+  void run(int threads) const {
+#pragma omp parallel num_threads(threads)
+    {
+      // As many parts as threads, whether or not that many came
+#pragma omp for schedule(static, 1)
+      for (int t = 0; t < threads; t++) measure(R * t / threads, R * (t + 1) / threads, column_bits + t * C);
+#pragma omp single
+      finish_scales(threads);
+#pragma omp for schedule(static)
+      for (long r = 0; r < R; r += TILE)
+        for (long c = 0; c < C; c += TILE) tile(r, c);
+    }
+  }
+};
+
+template <class T>
+int quantize(const void* x, long R, long C, long stride, const Side& rows, const Side& columns, int64_t seed, int64_t step,
+             int64_t row_offset, int threads) {
+  static thread_local Scratch scratch;
+  float* inverse = (float*)scratch.get((R + C) * sizeof(float) + threads * C * sizeof(int32_t));
+  if (inverse == nullptr) return 1;
+  Quantizer<T>{(const T*)x, R, C, stride, rows, columns, Key(seed, step, rows.stream), Key(seed, step, columns.stream),
+               row_offset, inverse, inverse + R, (int32_t*)(inverse + R + C)}
+      .run(threads);
+  return 0;
+}
+
+}  // namespace
+}  // namespace qtrain
+
+// x: R rows of C elements, contiguous each, `stride` elements apart. 0, or 1 where there is no memory.
+extern "C" int qtrain_quantize_int8(const void* x, int is_bf16, long R, long C, long stride, const qtrain::Side* rows,
+                                    const qtrain::Side* columns, int64_t seed, int64_t step, int64_t row_offset, int threads) {
+  auto run = is_bf16 ? qtrain::quantize<qtrain::bf16> : qtrain::quantize<float>;
+  return run(x, R, C, stride, *rows, *columns, seed, step, row_offset, threads);
+}

@@ -1,0 +1,71 @@
+"""int8_scaled_mm on a CPU: the C++ kernels (``cpp/int8_scaled_mm.cpp``), or ``torch._int_mm`` where torch is the tier."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels import int8_scaled_mm as declaration
+from qtrain_kernels.cpu_tier import Tier, tier
+
+
+def launch(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
+    on: Tier | None = None,
+) -> Tensor:  # fmt: skip
+    """As ``reference``; ``on``: this tier instead of the process's."""
+    declaration.check(a, b, a_scale, b_scale, bias, out_dtype)
+    chosen = on or tier()
+    if 0 in (*a.shape, b.shape[0]):
+        sums = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.float32)
+        return declaration.epilogue(sums, a_scale, b_scale, bias, out_dtype)
+    if chosen.library is None:
+        sums = torch._int_mm(_dense(a), _dense(b).t()).to(torch.float32)
+        return declaration.epilogue(sums, a_scale, b_scale, bias, out_dtype)
+    return _launch(chosen, a, b, a_scale, b_scale, bias, out_dtype)
+
+
+def _launch(
+    chosen: Tier, a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    assert chosen.library is not None
+    if a.stride(1) != 1:
+        a = a.contiguous()
+    b_is_k_major = b.stride(1) == 1
+    if not b_is_k_major and b.stride(0) != 1:
+        b, b_is_k_major = b.contiguous(), True
+    (M, K), N = a.shape, b.shape[0]
+    a_scale, b_scale = _vector(a_scale, M), _vector(b_scale, N)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y = a.new_empty((M, N), dtype=out_dtype)
+    status = chosen.library.qtrain_int8_scaled_mm(
+        ctypes.c_void_p(a.data_ptr()),
+        ctypes.c_long(a.stride(0)),
+        ctypes.c_void_p(b.data_ptr()),
+        ctypes.c_long(b.stride(0) if b_is_k_major else b.stride(1)),
+        int(b_is_k_major),
+        ctypes.c_void_p(a_scale.data_ptr()),
+        ctypes.c_void_p(b_scale.data_ptr()),
+        ctypes.c_void_p(None if bias is None else bias.data_ptr()),
+        ctypes.c_void_p(y.data_ptr()),
+        int(out_dtype == torch.bfloat16),
+        *(ctypes.c_long(n) for n in (M, N, K)),
+        int(chosen.name == "amx"),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory to multiply {tuple(a.shape)} by {tuple(b.shape)}")
+    return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``_int_mm`` of torch 2.13 reads rows that are expanded (stride 0) from beyond them."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _vector(scale: Tensor | None, size: int) -> Tensor:
+    """[size] float32, contiguous; a factor of one, which changes nothing, for none."""
+    return torch.ones(size) if scale is None else scale.expand(size).contiguous()

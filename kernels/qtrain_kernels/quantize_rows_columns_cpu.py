@@ -1,0 +1,83 @@
+"""quantize_rows_columns on a CPU: the C++ kernel (``cpp/quantize_int8.cpp``), or the reference where torch is the tier."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qtrain_kernels import quantize_rows_columns as declaration
+from qtrain_kernels.cpu_tier import Tier, tier
+
+
+class _Side(ctypes.Structure):
+    """``qtrain::Side`` in cpp/quantize_int8.cpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("fold", ctypes.c_void_p),
+        ("qmax", ctypes.c_int32),
+        ("stochastic", ctypes.c_int32),
+        ("per_tensor", ctypes.c_int32),
+        ("stream", ctypes.c_int32),
+    )
+
+
+def launch(
+    x: Tensor,
+    row_qmax: int, row_stochastic: bool, row_per_tensor: bool, row_stream: int, row_fold: Tensor | None,
+    column_qmax: int, column_stochastic: bool, column_per_tensor: bool, column_stream: int, column_fold: Tensor | None,
+    seed: Tensor, step: Tensor, row_offset: Tensor,
+    on: Tier | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As ``reference``; ``on``: this tier instead of the process's."""
+    arguments = (
+        x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
+        column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
+    )  # fmt: skip
+    library = (on or tier()).library
+    if library is None:
+        return declaration.reference(*arguments)
+    declaration.check(*arguments)
+    if x.dtype == torch.float16:
+        x = x.to(torch.float32)
+    if x.stride(1) != 1 or x.stride(0) < 0:
+        x = x.contiguous()
+    row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
+    outputs = declaration._fake(*arguments)
+    row_codes, row_scale, column_codes, column_scale = outputs
+    status = library.qtrain_quantize_int8(
+        ctypes.c_void_p(x.data_ptr()),
+        int(x.dtype == torch.bfloat16),
+        *(ctypes.c_long(n) for n in (x.shape[0], x.shape[1], x.stride(0))),
+        ctypes.byref(
+            _side(row_codes, row_scale, row_fold, row_qmax, row_stochastic, row_per_tensor, row_stream)
+        ),
+        ctypes.byref(
+            _side(column_codes, column_scale, column_fold, column_qmax, column_stochastic, column_per_tensor, column_stream)
+        ),
+        *(ctypes.c_int64(int(counter)) for counter in (seed, step, row_offset)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        raise MemoryError(f"no memory to quantize a tensor of shape {tuple(x.shape)}")
+    return outputs
+
+
+def _side(
+    codes: Tensor, scale: Tensor, fold: Tensor | None, qmax: int, stochastic: bool, per_tensor: bool, stream: int
+) -> _Side:  # fmt: skip
+    """Without codes there is no such copy (qmax = 0). A copy of an empty tensor has scales still, and its codes an
+    address that is never written."""
+    address = codes.data_ptr() or scale.data_ptr()
+    return _Side(
+        address if qmax else None,
+        scale.data_ptr(),
+        None if fold is None else fold.data_ptr(),
+        qmax,
+        stochastic,
+        per_tensor,
+        stream,
+    )

@@ -1,0 +1,116 @@
+"""int8_scaled_mm against numpy, on every tier that this machine has."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from qtrain_kernels import contract, cpu_tier
+from qtrain_kernels import int8_scaled_mm as declaration
+from qtrain_kernels.int8_scaled_mm import MAX_K, int8_scaled_mm
+from torch import Tensor
+
+TIERS = [
+    name for name in cpu_tier.TIERS if name == "torch" or not cpu_tier.NEEDS[name] - cpu_tier.cpu_flags()
+]
+
+
+def _bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> nearest bfloat16, ties to even, as float32; NaN stays."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(values), np.float32(np.nan), rounded)
+
+
+def oracle(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> list[np.ndarray | Tensor]:  # fmt: skip
+    """Integer sums one row at a time; float32 after that."""
+    rows, columns = (np.array(t.tolist(), dtype=np.int64).reshape(t.shape) for t in (a, b))
+    y = np.zeros((len(rows), len(columns)), dtype=np.float32)
+    for m, row in enumerate(rows):
+        y[m] = (columns * row).sum(axis=1).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        if a_scale is not None:
+            y = y * a_scale.numpy().reshape(-1, 1)
+        if b_scale is not None:
+            y = y * b_scale.numpy().reshape(1, -1)
+    if bias is not None:
+        y = y + bias.to(torch.float32).numpy()
+    assert y.dtype == np.float32
+    return [torch.from_numpy(_bf16(y)).to(dtype) if dtype == torch.bfloat16 else y]  # numpy has no bfloat16
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> cpu_tier.Tier:
+    return cpu_tier._tier(request.param)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_tier_gives_the_bits_of_the_reference(tier: cpu_tier.Tier, threads: int) -> None:
+    kernel = functools.partial(int8_scaled_mm.kernel("cpu"), on=tier)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert contract.failures(int8_scaled_mm, implementation=kernel) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_callers_at_once(tier: cpu_tier.Tier) -> None:
+    """Scratch memory belongs to the calling thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    cases = [int8_scaled_mm.cases[name] for name in ("40x100x1100/bf16", "transposed/fp32") * 20]
+    kernel = functools.partial(int8_scaled_mm.kernel("cpu"), on=tier)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda case: kernel(*case()), cases))
+    for case, y in zip(cases, results, strict=True):
+        assert contract.same_bits(y, declaration.reference(*case()))
+
+
+def test_non_finite_scales_show_in_their_row_or_column_and_nowhere_else(tier: cpu_tier.Tier) -> None:
+    a, b, scale = torch.ones(6, 70, dtype=torch.int8), torch.ones(5, 70, dtype=torch.int8), torch.ones(6)
+    a[2], b[3], scale[2] = 0, 0, float("inf")
+    b_scale = torch.ones(5)
+    b_scale[3] = float("nan")
+    y = int8_scaled_mm.kernel("cpu")(a, b, scale, b_scale, None, torch.bfloat16, on=tier)
+    expected = torch.full((6, 5), 70.0)
+    expected[2], expected[:, 3] = float("nan"), float("nan")
+    assert torch.equal(y.float().nan_to_num(-1), expected.nan_to_num(-1))
+
+
+def _arguments(**change):
+    codes = torch.zeros(2, 3, dtype=torch.int8)
+    plain = {"a": codes, "b": codes, "a_scale": None, "b_scale": None, "bias": None}
+    return {**plain, "out_dtype": torch.float32, **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(2, 3)}, "must be int8"),
+        ({"a": torch.zeros(2, 4, dtype=torch.int8)}, r"must be int8 \[M, K\] and \[N, K\]"),
+        ({"a_scale": torch.ones(3)}, r"a_scale must be \[2\]"),
+        ({"b_scale": torch.ones(2, dtype=torch.float64)}, "b_scale must be .* float32"),
+        ({"bias": torch.ones(3)}, r"bias must be \[2\]"),
+        ({"out_dtype": torch.float16}, "out_dtype=torch.float16: allowed are torch.float32, torch.bfloat16"),
+        (
+            {k: torch.zeros(1, 1, dtype=torch.int8).expand(2, MAX_K + 1) for k in ("a", "b")},
+            "split the contraction",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        declaration.reference(**_arguments(**change))
+    with pytest.raises(ValueError, match=message):
+        int8_scaled_mm(**_arguments(**change))
+
+
+def test_the_largest_contraction_is_exact(tier: cpu_tier.Tier) -> None:
+    a = torch.full((1, MAX_K), -128, dtype=torch.int8)
+    y = int8_scaled_mm.kernel("cpu")(a, a, None, None, None, torch.float32, on=tier)
+    assert y.item() == float(np.float32(MAX_K * 2**14))
