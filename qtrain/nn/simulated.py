@@ -37,9 +37,11 @@ class SimulatedLinear(torch.autograd.Function):
         recipe: LinearRecipe,
         stream: int,
         dtype: torch.dtype,
-        trains: bool,
-        *states: Tensor | None,
+        *trains_and_states: Any,
     ) -> Tensor:
+        # Never two of them: without gradients Dynamo (torch 2.13) takes arguments that are one more than the
+        # parameters of this function for a function that has no ctx, and shifts them
+        trains, states = trains_and_states[0], trains_and_states[1:]
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
         with torch.autocast(x.device.type, enabled=False):
