@@ -67,7 +67,7 @@ def test_the_right_product_beside_the_real_one_fails(monkeypatch, name: str, dty
 
 
 def test_identity_as_the_quantizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
+    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None, given: Any = None) -> Quantized:
         q = quantize_values(x, spec, noise)
         return q._replace(values=x.float() / spec.blocks.expand(q.scale, tuple(x.shape)))
 
@@ -80,7 +80,7 @@ def test_an_algebra_that_does_not_quantize_fails_by_its_distinct_values(monkeypa
     """The oracle shares the algebra; that a b-bit operand has 2^b values under one scale, it does not."""
     from qtrain.nn import oracle
 
-    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
+    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None, given: Any = None) -> Quantized:
         q = quantize_values(x, spec, noise)
         return q._replace(values=x.float() / spec.blocks.expand(q.scale, tuple(x.shape)))
 
@@ -191,13 +191,13 @@ def test_an_unquantized_gradient_fails(monkeypatch: pytest.MonkeyPatch, gemm: st
 def test_a_backward_gemm_in_high_precision_fails(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
     right = getattr(carrier._Gemms, gemm)
 
-    def dgrad(self: Any, g: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def dgrad(self: Any, g: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, None]:
         right(self, g, weight, *rest)
-        return g @ weight.to(g.dtype)
+        return g @ weight.to(g.dtype), None
 
-    def wgrad(self: Any, g: Tensor, kept: list[Any], *rest: Any) -> Tensor:
+    def wgrad(self: Any, g: Tensor, kept: list[Any], *rest: Any) -> tuple[Tensor, None]:
         right(self, g, kept, *rest)
-        return g.t() @ kept[0].to(g.dtype)
+        return g.t() @ kept[0].to(g.dtype), None
 
     monkeypatch.setattr(carrier._Gemms, gemm, dgrad if gemm == "dgrad" else wgrad)
     for dtype in ("bf16", "fp32"):
@@ -275,9 +275,9 @@ def test_a_mask_of_one_in_two_hundred_that_is_dropped_fails(monkeypatch: pytest.
 
 
 def test_a_mask_in_the_wrong_basis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(self: Any, d: Tensor, bits: Tensor | None, *, rotated: bool) -> Tensor:
+    def fake(self: Any, d: Tensor, bits: Tensor | None, *_: Any, rotated: bool) -> tuple[Tensor, None]:
         transform = self.recipe.fprop.transform
-        return carrier._masked(transform.inverse(d) if rotated else d, bits)
+        return carrier._masked(transform.inverse(d) if rotated else d, bits), None
 
     monkeypatch.setattr(carrier._Gemms, "_to_parameter_basis", fake)
     for name in ("quest", "quest_high_precision_backward"):
