@@ -34,6 +34,8 @@ from qtrain.quant.qtensor import grid_values, to_qtensor
 from .clock import Clock, Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
 from .quantizers import (
+    NO_STATES,
+    OPERANDS,
     LearnedStep,
     Quantizers,
     check_ranges,
@@ -136,7 +138,7 @@ class QuantizedLinear(nn.Linear):
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
-        states: list[Tensor | None] = [None, None]
+        states = NO_STATES
         if self.quantizers is not None:
             self.quantizers.check_ready(self.name, trains=trains)
             states = self.quantizers.flat()
@@ -162,7 +164,7 @@ class _QuantizedLinear(torch.autograd.Function):
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
         with torch.autocast(x.device.type, enabled=False):
-            given, notes = of_flat(recipe, states)
+            given, notes = of_flat(states)
             gemms = _Gemms(recipe, Draws(counters, stream), dtype, given, notes if trains else {})
             x2 = x.reshape(-1, x.shape[-1])
             xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[8])
@@ -179,9 +181,9 @@ class _QuantizedLinear(torch.autograd.Function):
                 x_move,
                 w_move,
                 *kept,
-                *states[: 2 + len(notes)],
+                *states[: -len(OPERANDS)],
             )
-        ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[2 + len(notes) :]
+        ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[-len(OPERANDS) :]
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -192,7 +194,7 @@ class _QuantizedLinear(torch.autograd.Function):
         kept, ranges = kept[:5], kept[5:]
         dx = dw = db = dx_step = dw_step = None
         with torch.autocast(weight.device.type, enabled=False):
-            given, notes = of_flat(ctx.recipe, (*ranges, *ctx.notes))
+            given, notes = of_flat((*ranges, *ctx.notes))
             gemms = _Gemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, given, notes)
             g = grads[0].reshape(-1, weight.shape[0])
             if ctx.needs_input_grad[0] or x_move is not None:
