@@ -20,7 +20,7 @@ from qtrain.quant import LinearRecipe
 
 from .clock import Clock, Draws
 from .native import NativeLinear
-from .quantizers import LearnedStep, Quantizers, check_ranges
+from .quantizers import NO_STATES, LearnedStep, Quantizers, check_ranges
 from .simulated import SimulatedGemms, SimulatedLinear
 
 
@@ -136,7 +136,7 @@ class QuantizedLayer(nn.Module):
         arguments = (input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains)
         if self.native:
             return NativeLinear.apply(*arguments)
-        states: list[Tensor | None] = [None, None]
+        states = NO_STATES
         if self.quantizers is not None:
             self.quantizers.check_ready(self.name, trains=trains)
             states = self.quantizers.flat()

@@ -22,7 +22,7 @@ sqrt(Qp), is for integers alone). n is the number of elements that share the ste
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ from qtrain.quant.ranges import gaussian_clip, root_mean_square
 
 _TOKENS_AXIS = {"fprop.input": 0, "dgrad.grad_output": 0, "wgrad.grad_output": 1, "wgrad.input": 1}
 LEARNABLE = ("fprop.input", "fprop.weight")
+OPERANDS = tuple(LinearRecipe().operands())
 
 
 class LearnedStep(nn.Module):
@@ -200,26 +201,24 @@ class Quantizers(nn.ModuleDict):
         return {operand: q.given() for operand, q in self.by_operand().items()}
 
     def flat(self) -> list[Tensor | None]:
-        """What an autograd.Function takes, and ``of_flat`` reads: the steps of ``LEARNABLE`` (None where there is none),
-        the other ranges, and where each of these notes its maxima."""
+        """What an autograd.Function takes, and ``of_flat`` reads: the steps of ``LEARNABLE``, then of all six operands
+        the other ranges, then where each of these notes its maxima; None where there is none."""
         held = self.by_operand()
-        noting = [q for q in held.values() if isinstance(q, _Noting)]
         steps = [held[o].step if isinstance(held.get(o), LearnedStep) else None for o in LEARNABLE]
-        return [*steps, *(q.given() for q in noting), *(q.current for q in noting)]  # type: ignore[operator]
+        noting = [held[o] if isinstance(held.get(o), _Noting) else None for o in OPERANDS]
+        ranges = [None if q is None else q.given() for q in noting]
+        return [*steps, *ranges, *(None if q is None else q.current for q in noting)]
 
 
-def of_flat(
-    recipe: LinearRecipe, states: tuple[Tensor | None, ...]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(ranges by operand, notes by operand) of a layer with that recipe."""
-    names = [
-        operand
-        for operand, spec in recipe.operands().items()
-        if isinstance(spec, QuantSpec) and spec.stateful and spec.clip != "learned"
-    ]
-    given = {o: s for o, s in zip((*LEARNABLE, *names), states, strict=False) if s is not None}
-    notes = {o: s for o, s in zip(names, states[2 + len(names) :], strict=True) if s is not None}
-    return given, notes
+# As many whatever the recipe: Dynamo tells by the number of arguments whether a Function's context is among them
+NO_STATES: list[Tensor | None] = [None] * (len(LEARNABLE) + 2 * len(OPERANDS))
+
+
+def of_flat(states: Sequence[Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(ranges by operand, notes by operand)."""
+    ranges = zip((*LEARNABLE, *OPERANDS), states[: -len(OPERANDS)], strict=True)
+    notes = zip(OPERANDS, states[-len(OPERANDS) :], strict=True)
+    return {o: s for o, s in ranges if s is not None}, {o: s for o, s in notes if s is not None}
 
 
 def note(current: Tensor, q: Quantized) -> None:

@@ -23,7 +23,7 @@ from qtrain.quant.qtensor import grid_values, to_qtensor
 
 from .clock import Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
-from .quantizers import move_of_step, note, of_flat, step_gradient
+from .quantizers import OPERANDS, move_of_step, note, of_flat, step_gradient
 
 
 class SimulatedLinear(torch.autograd.Function):
@@ -37,15 +37,13 @@ class SimulatedLinear(torch.autograd.Function):
         recipe: LinearRecipe,
         stream: int,
         dtype: torch.dtype,
-        *trains_and_states: Any,
+        trains: bool,
+        *states: Tensor | None,
     ) -> Tensor:
-        # Never two of them: without gradients Dynamo (torch 2.13) takes arguments that are one more than the
-        # parameters of this function for a function that has no ctx, and shifts them
-        trains, states = trains_and_states[0], trains_and_states[1:]
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
         with torch.autocast(x.device.type, enabled=False):
-            given, notes = of_flat(recipe, states)
+            given, notes = of_flat(states)
             gemms = SimulatedGemms(recipe, Draws(counters, stream), dtype, given, notes if trains else {})
             x2 = x.reshape(-1, x.shape[-1])
             xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[8])
@@ -65,9 +63,9 @@ class SimulatedLinear(torch.autograd.Function):
                 x_move,
                 w_move,
                 *kept,
-                *states[: 2 + len(notes)],
+                *states[: -len(OPERANDS)],
             )
-        ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[2 + len(notes) :]
+        ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[-len(OPERANDS) :]
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -78,7 +76,7 @@ class SimulatedLinear(torch.autograd.Function):
         kept, ranges = kept[:5], kept[5:]
         dx = dw = db = dx_step = dw_step = None
         with torch.autocast(weight.device.type, enabled=False):
-            given, notes = of_flat(ctx.recipe, (*ranges, *ctx.notes))
+            given, notes = of_flat((*ranges, *ctx.notes))
             gemms = SimulatedGemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, given, notes)
             g = grads[0].reshape(-1, weight.shape[0])
             if ctx.needs_input_grad[0] or x_move is not None:

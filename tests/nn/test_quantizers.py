@@ -318,6 +318,19 @@ def test_compiled_in_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    "gemms", [{"input": "int8_tensor_delayed2"}, {"weight": "int4_row_learned"}, STATEFUL["fprop"]]
+)
+def test_compiled_without_a_gradient(gemms):
+    """Dynamo then traces the Function's forward alone."""
+    model, _ = layer_of(fprop=gemms)
+    start_steps(model, lambda m: m(torch.ones(2, 8)))
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, model(x))
+
+
 def test_under_autocast():
     """In bfloat16: ranges are float32 maxima of what arrives, steps have float32 gradients."""
     model = begun()

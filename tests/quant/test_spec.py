@@ -251,8 +251,13 @@ def test_a_plugin_is_never_split():
             "clip='delayed:4' with tensor_scale=True: a range with state has one scale a block; use absmax",
         ),
         (
-            {"clip": "learned", "scale_format": "e8m0"},
+            {"clip": "learned", "scale_format": "e8m0", "estimator": "clipped"},
             "clip='learned' with scale_format='e8m0': the step is learned as a float32 number",
+        ),
+        (
+            {"clip": "learned"},
+            "clip='learned' with estimator='ste': the step's gradient tells clipped values apart; allowed are clipped "
+            "(LSQ) and seq (ParetoQ)",
         ),
         (
             {"symmetric": False, "clip": "learned"},
@@ -503,5 +508,6 @@ def test_which_ranges_have_a_state():
         clip: QuantSpec(format="int8", clip=clip).stateful for clip in ("absmax", "rms:2", "mse", "fixed:1")
     }
     assert not any(stateful.values())
-    assert all(QuantSpec(format="int8", clip=clip).stateful for clip in ("learned", "static", "delayed:3"))
+    assert all(QuantSpec(format="int8", clip=clip).stateful for clip in ("static", "delayed:3"))
+    assert QuantSpec.parse("int8_learned").stateful
     assert QuantSpec(format="int8", clip="delayed").clip_kind_and_value == ("delayed", 16.0)
