@@ -131,6 +131,15 @@ class HuggingFaceConfig:
         config.use_cache = False
         return config
 
+    def exported(self, eot_token: int | None) -> Any:
+        """The PretrainedConfig that a folder of this model carries. eot_token: the id between documents, which begins
+        and ends a text; None keeps what the architecture says."""
+        config = self._hf_config()
+        config.use_cache = True
+        if eot_token is not None:
+            config.bos_token_id = config.eos_token_id = eot_token
+        return config
+
     def plain(self) -> dict[str, Any]:
         """This configuration as plain containers that need no other file, but for pretrained weights."""
         return {

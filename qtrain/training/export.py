@@ -10,6 +10,7 @@ from qtrain.data.tokenizers import Tokenizer
 from qtrain.data.tokenizers.huggingface import FILE, HuggingFaceTokenizer
 from qtrain.models import hf_config, hf_folder, hf_weights
 from qtrain.models.decoder import DecoderConfig
+from qtrain.models.huggingface import HuggingFaceConfig
 
 from .saved import TrainedRun
 
@@ -33,12 +34,16 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
     """
     config, tokenizer = run.parts.model_config, run.tokenizer
     weights, left_out = weights_of(run)
-    if not isinstance(config, DecoderConfig):
+    eot_token = None if tokenizer is None else tokenizer.eot_token
+    if isinstance(config, DecoderConfig):
+        theirs = hf_config.to_huggingface(config, eot_token=eot_token)
+        tensors = hf_weights.to_huggingface(config, weights)
+    elif isinstance(config, HuggingFaceConfig):
+        theirs, tensors = config.exported(eot_token), _each_once(weights)
+    else:
         raise ValueError(
-            f"a model of {type(config).__name__} cannot be exported: only GPTConfig and LlamaConfig can"
+            f"a model of {type(config).__name__} cannot be exported: GPTConfig, LlamaConfig and HuggingFaceConfig can"
         )
-    theirs = hf_config.to_huggingface(config, eot_token=None if tokenizer is None else tokenizer.eot_token)
-    tensors = hf_weights.to_huggingface(config, weights)
     notes = [
         f"{type(theirs).__name__.removesuffix('Config')} of {sum(t.numel() for t in tensors.values()):,} parameters, step "
         f"{run.step}, float32",
@@ -52,6 +57,14 @@ def export_huggingface(run: TrainedRun, folder: Path) -> list[str]:
 
     hf_folder.write_folder(theirs, tensors, folder, more=write_tokenizer)
     return notes
+
+
+def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors under the first of their names; config.json says which are tied."""
+    names: dict[int, str] = {}
+    for name, tensor in weights.items():
+        names.setdefault(tensor.data_ptr(), name)
+    return {name: weights[name] for name in names.values()}
 
 
 def _write_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> str:

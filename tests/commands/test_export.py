@@ -135,6 +135,40 @@ def test_gpt2_too(root, tmp_path):
     torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (["model=hf_llama_1m", "model.config.num_hidden_layers=1"], "LlamaForCausalLM"),
+        (
+            [
+                "model=huggingface",
+                "model.config.model_type=gpt2",
+                "+model.config.n_layer=1",
+                "+model.config.n_embd=64",
+            ]
+            + ["+model.config.n_head=2", "model.sequence_tokens=32"],
+            "GPT2LMHeadModel",  # with a tied head
+        ),
+    ],
+)
+def test_models_of_transformers_too(root, tmp_path, config, kind):
+    run = trained(root, kind, *config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported(run, tmp_path / "hf"))
+    assert type(model).__name__ == kind
+    assert model.config.eos_token_id == 256  # bytes come first
+    ours = trained_run(checkpoint_of(run), {"device": "cpu"})
+    reference = ours.parts.make_model()
+    fresh = {name: t.clone() for name, t in reference.state_dict().items()}
+    reference.load_state_dict(weights_of(ours)[0])
+    held = model.state_dict()
+    assert held.keys() == fresh.keys()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(held[name], tensor), name
+    assert any(not torch.equal(held[name], fresh[name]) for name in held)  # it has been trained
+    with torch.no_grad():
+        assert torch.equal(model.eval()(TOKENS).logits, reference.eval()(TOKENS))
+
+
 def test_ranges_of_quantizers_are_left_out_and_said(finished, tmp_path):
     run = trained_run(checkpoint_of(finished), {"device": "cpu"})
     name = "model.blocks.0.attn.q.quantizers.fprop.input.range"
