@@ -143,10 +143,9 @@ def test_gpt2_too(root, tmp_path):
             [
                 "model=huggingface",
                 "model.config.model_type=gpt2",
-                "+model.config.n_layer=1",
-                "+model.config.n_embd=64",
-            ]
-            + ["+model.config.n_head=2", "model.sequence_tokens=32"],
+                "model.sequence_tokens=32",
+                *(f"+model.config.{key}" for key in ("n_layer=1", "n_embd=64", "n_head=2")),
+            ],
             "GPT2LMHeadModel",  # with a tied head
         ),
     ],
