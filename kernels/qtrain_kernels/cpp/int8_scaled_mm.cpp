@@ -222,7 +222,7 @@ int multiply(const Operands& o, Out* y, int threads) {
     uint8_t* memory = (uint8_t*)chunk_memory.get(chunk_bytes<Kernel>(o.K, rows));
     failed = memory == nullptr;
     Kernel::begin();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (long m = 0; m < o.M; m += rows) {
       if (failed) continue;
       Chunk chunk = copy_chunk<Kernel>(o, m, std::min(rows, o.M - m), memory);
