@@ -61,7 +61,8 @@ def reason(error: BaseException) -> str:
     while True:
         found = re.search(r"full_key: *(\S+)", str(error))
         key = found[1] if found else key
-        if error.__cause__ is None:
+        # What any other package says is the last word: its own causes are details
+        if error.__cause__ is None or type(error).__module__.split(".")[0] not in ("hydra", "omegaconf"):
             break
         error = error.__cause__
     text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))

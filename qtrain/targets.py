@@ -22,6 +22,8 @@ PACKAGE = Path(__file__).parent
 # Where the classes are defined that configs may build: their constructors keep what they are given, or read text.
 BUILDABLE = (
     "qtrain.data.sources",
+    "qtrain.data.streamed_text",
+    "qtrain.data.token_files",
     "qtrain.models",
     "qtrain.optim",
     "qtrain.quant",
@@ -32,8 +34,8 @@ _PLUG_IN = re.compile(r"([\w.]+):[^\W\d]\w*")
 # Keys of free text, which nothing takes for a spec.
 _TEXT = frozenset(
     {
-        "baseline", "checkpoint", "data_folder", "entity", "folder", "init_from", "name", "out", "paths", "project", "prompt",
-        "resume", "root", "run", "separator", "tags", "tokenizer",
+        "baseline", "checkpoint", "data_folder", "entity", "folder", "init_from", "name", "out", "path", "paths", "project",
+        "prompt", "resume", "root", "run", "separator", "tags", "tokenizer", "train", "val",
     }
 )  # fmt: skip
 

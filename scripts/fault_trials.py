@@ -35,7 +35,7 @@ from qtrain.training.run_folder import ATTEMPTS, read_lines
 STEPS, EVERY, EVALUATED = 12, 3, 5
 OVERRIDES = [
     "data=text", "data.val_fraction=0.2", "model=gpt_1m", "model.layers=1", "model.width=64", "model.heads=2",
-    "+model.dropout=0.1", "recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "sequence_tokens=32",
+    "model.dropout=0.1", "recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "sequence_tokens=32",
     "batch_sequences=4", "micro_batch_sequences=2", "eval_windows=4", f"eval_every_steps={EVALUATED}",
     f"steps={STEPS}", f"checkpoint_every_steps={EVERY}", "schedule=cosine", "schedule.warmup_steps=2", "logger=none",
     "compile=false", "device=cpu", "sample.max_new_tokens=1", "resume=auto", "~callbacks.census",

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
@@ -21,6 +22,18 @@ GROUPS = (
     "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
 CHOICES = [(g, f.stem) for g in GROUPS for f in sorted((CONFIGS / g).glob("*.yaml"))]
+# What a configuration of data leaves to its user; byte: other tokenizers have files that are not here
+NEEDED = {
+    **{key: ["source.paths=[corpus]", "tokenizer=byte"] for key in ("text", "jsonl", "parquet")},
+    "nanogpt_bin": ["train=train.bin", "val=val.bin", "tokenizer=byte"],
+    "llmc_bin": ["train=shards", "val=null", "tokenizer=byte"],
+    "megatron": ["train=corpus_text_document", "vocab_size=257"],
+    "mixture": [
+        "parts={code:{weight:0.7,source:{_target_:qtrain.data.sources.StdlibSource}},bins:{weight:0.3,"
+        "_target_:qtrain.data.token_files.TokenFiles,train:t.bin}}",
+        "tokenizer=byte",
+    ],
+}
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
 
 
@@ -70,17 +83,21 @@ def test_every_recipe_trains_two_steps_with_a_good_census(name, place):
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_of_every_group_composes(group, name):
-    files = group == "data" and name in ("text", "jsonl", "parquet")
-    more = ["data.source.paths=[corpus]"] if files else []
-    if group == "data":  # what the hub's corpora name is on the hub
-        more.append("data.tokenizer=byte")
+    more = [f"data.{item}" for item in NEEDED.get(name, ["tokenizer=byte"])] if group == "data" else []
+    if "openwebtext" in name:  # what the corpora of the hub name is on the hub
+        more = ["data.tokenizer=byte"]
+    if (group, name) == ("model", "huggingface"):  # an architecture is asked for
+        more += ["model.config.model_type=llama", "model.config.num_key_value_heads=8"]
     cfg = composed("train", f"{group}={name}", "compile=false", *more)
     if name.startswith("bnb_paged") and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="paged=true needs a CUDA device"):
             assemble(OmegaConf.to_container(cfg, resolve=True))
         cfg.optimizer.paged = False
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    assert isinstance(parts.source, StdlibSource) == (group != "data" or name == "stdlib")
+    if "openwebtext" not in name and (group != "data" or name == "stdlib"):
+        assert isinstance(parts.data, PreparedText)
+        assert isinstance(parts.data.source, StdlibSource)
+    assert parts.model_config.vocab_size >= parts.data.vocab_size
 
 
 def test_every_primary_config_composes():
@@ -105,6 +122,68 @@ def test_knobs_exist_where_they_mean_something():
     assert linear.wgrad.grad_output is None
     with pytest.raises(HydraException, match="w"):
         composed("train", "recipe=fp8_rowwise", "w=int4_row")
+
+
+# Parameters: GPT-2's 124,439,808 and 47 rows more of the padded vocabulary; Llama's two tables of it, four matrices of
+# attention, three of the MLP and two gains a layer, and the last gain
+PAPERS = {
+    "gpt2_124m_openwebtext": 124_439_808 + 47 * 768,
+    "llama_222m_openwebtext": 2 * 50304 * 640 + 24 * (4 * 640 * 640 + 3 * 640 * 2560 + 2 * 640) + 640,
+}
+
+
+@pytest.mark.parametrize("name", [f"{name}{twin}" for name in PAPERS for twin in ("", "_baseline")])
+def test_the_paper_s_experiment_has_the_paper_s_numbers(name):
+    """arXiv 2407.11722; the model is built on the meta device, where it weighs nothing."""
+    cfg = composed("train", f"experiment={name}", "compile=false")
+    assert cfg.data.tokenizer == "tiktoken:gpt2"
+    cfg.data.tokenizer = "byte"  # GPT-2's comes from the network
+    parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    settings = parts.settings
+    assert parts.source.dataset == "Skylion007/openwebtext"
+    assert (settings.steps, settings.batch_sequences, settings.sequence_tokens) == (300_000, 512, 1024)
+    assert settings.step_tokens == 524_288
+    assert settings.precision == "bf16"
+    with torch.device("meta"):
+        model = parts.make_model()
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PAPERS[name.removesuffix("_baseline")]
+    assert getattr(parts.model_config, "dropout", 0.0) == (0.1 if name.startswith("gpt2") else 0.0)
+    optimizer = parts.optimizer.for_model(torch.nn.Linear(2, 2))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (6e-4, (0.9, 0.999), 0.1)
+    assert parts.optimizer.clip_norm == 1.0
+    assert (optimizer.recipe.exp_avg, optimizer.recipe.exp_avg_sq) == (None, None)
+    assert parts.schedule(0) == pytest.approx(1 / 1000, rel=0.01)
+    assert (parts.schedule(1000), parts.schedule(300_000)) == (1.0, pytest.approx(0.1))
+    specs = {k: str(v) for k, v in parts.recipe.linear.operands().items()} if parts.recipe.linear else {}
+    quantized = {k: v for k, v in specs.items() if v != "None"}
+    w8a8 = {"fprop.input": "int8 row", "fprop.weight": "int8 row"}
+    assert quantized == ({} if name.endswith("baseline") else w8a8)
+
+
+def test_each_rung_of_the_ladder_lowers_one_thing():
+    """And the reference quantizes nothing."""
+    names = composed("ladder").rungs
+    shown = []
+    for name in names:
+        cfg = OmegaConf.to_container(composed("train", f"experiment={name}", "seed=4"), resolve=True)
+        assert (cfg["name"], cfg["run"]) == (name, "seed4")
+        parts = assemble({**cfg, "compile": False})
+        linear, optimizer = parts.recipe.linear, parts.optimizer.for_model(torch.nn.Linear(2, 2)).recipe
+        operands = [None] * 6 if linear is None else [linear.resolved(o) for o in linear.operands()]
+        shown.append([getattr(s, "bits", 32) for s in (*operands, optimizer.exp_avg, optimizer.exp_avg_sq)])
+    # fprop.input, fprop.weight, dgrad.grad_output, dgrad.weight, wgrad.grad_output, wgrad.input, m1, m2
+    assert shown == [
+        [32, 32, 32, 32, 32, 32, 32, 32],
+        [32, 8, 32, 8, 32, 32, 32, 32],
+        [8, 8, 32, 8, 32, 8, 32, 32],
+        [8, 8, 8, 8, 8, 8, 32, 32],
+        [8, 8, 8, 8, 8, 8, 8, 8],
+        [8, 4, 8, 4, 8, 8, 4, 8],
+    ]
+    sweep = OmegaConf.load(CONFIGS / "sweep" / "ladder.yaml").hydra.sweeper.params.experiment
+    assert sweep.split(",") == list(names)
 
 
 def test_moments_are_knobs_of_the_optimizers_that_have_them():

@@ -50,17 +50,17 @@ def test_the_plain_loop_trains_a_quantized_model(capsys: pytest.CaptureFixture[s
 
 def test_the_census_of_the_loop_fails_without_the_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loop, its GEMMs replaced by plain ones behind the same names, must not get past its census."""
-    from qtrain.nn import linear
+    from qtrain.nn import simulated
     from qtrain.nn.census import CensusError
 
     def plain(self: Any, view: Any, operand: str, **_: Any) -> None:
         return None
 
-    monkeypatch.setattr(linear._Gemms, "_quantized", plain)
+    monkeypatch.setattr(simulated.SimulatedGemms, "_quantized", plain)
     monkeypatch.setattr(
-        linear._Gemms,
+        simulated.SimulatedGemms,
         "_entered",
-        lambda self, view, q, operand: linear.GemmOperand(view.to(self.dtype), None),
+        lambda self, view, q, operand: simulated.GemmOperand(view.to(self.dtype), None),
     )
     (loop,) = blocks("python")
     with pytest.raises(CensusError):
@@ -79,9 +79,34 @@ def test_every_command_line_is_accepted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_launch", lambda *arguments: 0)
     words = shlex.split(line)[1:]
-    if any(word.startswith("run=") for word in words):
+    if any(word.startswith(("run=", "runs=")) for word in words):
         words.append("--cfg")
     assert cli.main(words) == 0, capfd.readouterr().err
+
+
+def documented() -> list[str]:
+    """The command lines of docs/experiments.md, in its tables and its blocks."""
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(qtrain [^`]*=[^`]*)`", text) + re.findall(
+        r"^ *(qtrain .*)$", text, flags=re.MULTILINE
+    )
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("line", documented())
+def test_every_documented_experiment_composes(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        word for word in shlex.split(line)[1:] if not word.startswith("seed=")
+    ]  # a seed composes like another
+    assert cli.main([*words, "--cfg"]) == 0, capfd.readouterr().err
+
+
+def test_every_sweep_and_optimizer_is_documented() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for group in ("sweep", "optimizer"):
+        for file in (ROOT / "configs" / group).glob("*.yaml"):
+            assert f"sweep={file.stem}" in text or f"`{file.stem}`" in text, file
+    assert len(documented()) > 12
 
 
 def test_the_readme_names_every_command() -> None:

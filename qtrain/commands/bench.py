@@ -1,5 +1,6 @@
 """Time a training step (``qtrain bench step``), native training beside bf16 and fp32 (``bench train``), one linear
-layer (``bench linear``) or a kernel (``bench kernels --op NAME``).
+layer (``bench linear``), the loader of its data (``bench data``, in ``bench_data``) or a kernel (``qtrain bench kernels
+--op NAME``).
 
 A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
 in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
@@ -66,9 +67,13 @@ def check(cfg: DictConfig) -> None:
     """Raises ValueError or TypeError for what cannot be timed."""
     import torch
 
+    if cfg.what == "data":
+        from . import bench_data
+
+        return bench_data.check(cfg)
     if cfg.what not in ("step", "train", "linear"):
         raise ValueError(
-            f"what={cfg.what!r}: allowed are step, train, linear and kernels (qtrain bench kernels --help)"
+            f"what={cfg.what!r}: allowed are step, train, linear, data and kernels (qtrain bench kernels --help)"
         )
     arms = _arms(cfg)
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -105,6 +110,10 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """Prints the table and writes the JSON file."""
+    if cfg.what == "data":
+        from . import bench_data
+
+        return bench_data.run(cfg)
     device = _device(cfg)
     found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
     report = {**found, "settings": settings(cfg), **provenance(device)}

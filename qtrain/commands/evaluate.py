@@ -80,7 +80,10 @@ def run(cfg: DictConfig) -> int:
     result.save(folder)
     numbers = result.numbers
     print(f"validation loss   {numbers['val_loss']:.4f} nats/token")
-    print(f"bits per byte     {numbers['val_bits_per_byte']:.4f}")
+    bits = numbers["val_bits_per_byte"]
+    print(f"bits per byte     {'unknown: the data name no tokenizer' if bits is None else f'{bits:.4f}'}")
+    for name, loss in numbers["val_losses"].items():
+        print(f"  of {name:<12} {loss:.4f} nats/token")
     print(f"perplexity        {numbers['perplexity']:.4f} per token")
     print(
         f"windows           {numbers['data']['val_windows']} of {numbers['data']['sequence_tokens']} tokens"

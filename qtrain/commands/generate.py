@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
@@ -28,12 +29,19 @@ def check(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig) -> int:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation. 2 where the run's data named no tokenizer."""
     from qtrain.training.evaluation import complete
     from qtrain.training.saved import chosen_checkpoint, trained_run
 
     config = plain(cfg)
     path = chosen_checkpoint(config["run"], config["checkpoint"])
     trusted_config(path, config["allow_targets"])
-    print(complete(trained_run(path, {"device": config["device"]}), _sample(config), config["seed"]))
+    run = trained_run(path, {"device": config["device"]})
+    if run.tokenizer is None:
+        print(
+            f"qtrain: {path}: no text can be made of ids, since the run's data named no tokenizer",
+            file=sys.stderr,
+        )
+        return 2
+    print(complete(run, _sample(config), config["seed"]))
     return 0

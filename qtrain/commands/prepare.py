@@ -20,19 +20,31 @@ def _parts(config: dict[str, Any]) -> tuple[Any, Any]:
     from qtrain.data.tokenizers import get_tokenizer
     from qtrain.training.assembly import build
 
+    if "source" not in config["data"]:
+        raise ValueError(
+            "data: there is no source to prepare; token files and streams are read as they are, and of a mixture each part is prepared by itself"
+        )
     return build(config["data"]["source"]), get_tokenizer(config["data"]["tokenizer"])
 
 
 def check(cfg: DictConfig) -> None:
     """Raises ValueError for values that cannot be right."""
-    _parts(plain(cfg))
+    from qtrain.data.prepare import check_settings
+
+    config = plain(cfg)
+    check_settings(config["data"]["val_fraction"], config["data"]["num_workers"])
+    _parts(config)
 
 
 def run(cfg: DictConfig) -> int:
     """Prepares, and prints the folder and what it holds. 2 where the source or the place does not allow it."""
+    from qtrain.data.optional_libraries import LibraryMissing
     from qtrain.data.prepare import prepare
     from qtrain.data.progress import shown_progress
     from qtrain.data.shard_writer import ShardWriteError
+    from qtrain.data.shards import ShardError
+    from qtrain.data.sources import SourceError
+    from qtrain.data.tokenizers import TokenizerError
     from qtrain.data.worker_pool import WorkerDied
 
     data = plain(cfg)["data"]
@@ -47,7 +59,7 @@ def run(cfg: DictConfig) -> int:
                 num_workers=data["num_workers"],
                 progress=progress,
             )
-    except (ValueError, FileNotFoundError, ImportError, ShardWriteError, WorkerDied) as error:
+    except (SourceError, TokenizerError, LibraryMissing, ShardError, ShardWriteError, WorkerDied) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     print_summary(shards)

@@ -59,6 +59,8 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
+    from qtrain.models.decoder import DecoderConfig
+    from qtrain.models.hf_folder import check_pretrained
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.baselines import reference_run
     from qtrain.training.saved import check_resume
@@ -72,6 +74,8 @@ def check(cfg: DictConfig) -> None:
     if settings.baseline is not None:
         reference_run(settings.baseline, settings.out)
     check_resume(settings)
+    if settings.resume is None and isinstance(parts.model_config, DecoderConfig):
+        check_pretrained(parts.model_config)
 
 
 def run(cfg: DictConfig) -> int:
@@ -89,7 +93,10 @@ def run(cfg: DictConfig) -> int:
 
 def run_rank(config: dict[str, Any]) -> int:
     """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    from qtrain.data.read_ahead import StreamError
     from qtrain.data.shards import ShardError
+    from qtrain.data.sources import SourceError
+    from qtrain.data.tokenizers import TokenizerError
     from qtrain.interrupts import Interrupted
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.fit import train
@@ -100,7 +107,7 @@ def run_rank(config: dict[str, Any]) -> int:
     try:
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
-    except (StartRefused, ShardError) as error:
+    except (StartRefused, ShardError, SourceError, StreamError, TokenizerError) as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:

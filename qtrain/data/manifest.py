@@ -24,12 +24,12 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One file. ``bytes`` = ``tokens`` * item size of the dtype."""
+    """One file. ``bytes``: of the whole file; in a prepared folder ``tokens`` * item size of the dtype."""
 
     file: str
     tokens: int
     bytes: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True)

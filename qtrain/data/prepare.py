@@ -63,7 +63,8 @@ def prepare(
     is followed by the end-of-text token. ``val_fraction``: expected share of documents in the validation split (see
     ``splits``). ``num_workers``: processes that encode; None: the usable cores, fewer for little text.
     ``progress``: called as it goes on; ``shown_progress`` makes one.
-    Raises ValueError on an empty split or a source's name that is no folder's, ShardError when the cached folder
+    Raises SourceError where the text cannot be read or leaves a split empty, TokenizerError where a BPE cannot be
+    trained, ValueError on a source's name that is no folder's, ShardError when the cached folder
     was altered, ShardWriteError when the place cannot be written (a full disk, no permission), WorkerDied when a process
     was killed, and RuntimeError when the source changes meanwhile. Nothing is left half-written.
     """
@@ -71,8 +72,7 @@ def prepare(
         raise ValueError(
             f"source name {source.name!r}: it names a folder; letters, digits, - and _ are allowed"
         )
-    if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 1):
-        raise ValueError(f"num_workers {num_workers} must be at least 1, or null for the usable cores")
+    check_settings(val_fraction, num_workers)
     settings: dict[str, Any] = {
         "preparation_version": PREPARATION_VERSION,
         "val_fraction": val_fraction,
@@ -94,6 +94,13 @@ def prepare(
     if not exists:
         _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
     return open_prepared(directory)
+
+
+def check_settings(val_fraction: float, num_workers: int | None) -> None:
+    """Raises ValueError for numbers that no preparation takes."""
+    splits.check_fraction(val_fraction)
+    if num_workers is not None and (isinstance(num_workers, bool) or num_workers < 1):
+        raise ValueError(f"num_workers {num_workers} must be at least 1, or null for the usable cores")
 
 
 def open_prepared(directory: Path) -> TokenShards:

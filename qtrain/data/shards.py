@@ -1,25 +1,11 @@
-"""Reading token shards: the splits of a prepared folder (``manifest``, ``shard_writer``) as arrays of tokens.
-
-Shards are checked when opened, since a silently altered byte would be a silently different experiment, and read
-with ``pread`` on the descriptors that were checked. A memory map is about as fast, but a file that is truncated under
-it kills the process with SIGBUS. What happens to the files of a running job is defined:
-
-    replaced or removed       it reads the files that it opened, to its end; the next one opens, and checks, anew
-    truncated                 the read that meets the end raises ShardError
-    altered in place          reads give the new bytes, and ``check_unchanged`` raises ShardError: a checkpoint
-                              that is written after it holds no step on altered data
-    touched, copied in place  the sha256 is computed once more, and found to be the same
-
-The one thing that no check sees is an alteration that was undone before the check.
-"""
+"""Reading tokens: the splits of a prepared folder (``manifest``, ``shard_writer``), or of anybody's token files
+(``token_files``), as arrays of tokens. The files are checked when opened (``checked_file``)."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import os
-import weakref
 from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.file_stamps import FileStamp
+from qtrain.data.checked_file import CheckedFile, ShardError, Wording
 from qtrain.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -53,168 +39,125 @@ __all__ = [
     "ShardWriteError",
     "SplitInfo",
     "TokenShards",
+    "TokenSplit",
     "token_dtype",
     "write_shards",
 ]
 
-_HASHED_BYTES = 1 << 22
+
+@dataclass(frozen=True)
+class Segment:
+    """``tokens`` tokens of ``file`` from byte ``offset``."""
+
+    file: CheckedFile
+    offset: int
+    tokens: int
 
 
-class ShardError(ValueError):
-    """A shard directory that is missing, incomplete or altered."""
+class TokenSplit:
+    """The tokens of ``segments`` as if they were one array. Pickling carries paths, never tokens or descriptors.
 
-
-class _ShardFile:
-    """One shard. ``info``: what the manifest says of it.
-
-    A descriptor has no position that ``pread`` would move, so forked processes share it. A pickled copy opens its
-    own, and where the path holds another file by then, that one must have the same bytes.
+    name: for messages. place: what holds the files. stored: of the ids on disk. vocab_size: ids lie below it. restore:
+    what to do where they do not.
     """
 
-    def __init__(self, directory: Path, info: ShardInfo) -> None:
-        self.path, self.info = directory / info.file, info
-        self._handle: int | None = None
-        self._stamp: FileStamp | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
-
-    def open(self, *, hashed: bool) -> None:
-        """Opens and checks the file. Raises ShardError."""
-        remedy = f"delete the folder {self.path.parent} and prepare again"
-        try:
-            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise ShardError(
-                f"shard {self.path} is missing, its manifest says {self.info.bytes} bytes; {remedy}"
-            ) from None
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
-            raise ShardError(f"shard {self.path} cannot be opened: {error.strerror}; {remedy}") from error
-        weakref.finalize(self, os.close, handle)
-        stamp = FileStamp.of(handle)
-        if stamp.size != self.info.bytes:
-            raise ShardError(
-                f"shard {self.path} is {stamp.size} bytes long, its manifest says {self.info.bytes} bytes; {remedy}"
-            )
-        if hashed or (self._stamp is not None and not self._stamp.shows(stamp)):
-            found = self._sha256(handle)
-            if found != self.info.sha256:
-                raise ShardError(
-                    f"shard {self.path} was altered: its sha256 is {found}, its manifest says {self.info.sha256}; "
-                    f"{remedy}"
-                )
-        self._handle, self._stamp = handle, stamp
-
-    def _opened(self) -> int:
-        if self._handle is None:
-            self.open(hashed=False)
-        assert self._handle is not None
-        return self._handle
-
-    def pread(self, count: int, offset: int) -> bytes:
-        """``count`` bytes from byte ``offset``. Raises ShardError where the file ends before or cannot be read."""
-        handle = self._opened()
-        data = self._pread(handle, count, offset)
-        while len(data) < count and (more := self._pread(handle, count - len(data), offset + len(data))):
-            data += more
-        if len(data) < count:
-            raise ShardError(
-                f"shard {self.path} ends early: at byte {offset} it gave {len(data)} of {count} bytes, so it was "
-                f"truncated while the run read it; {self._remedy()}"
-            )
-        return data
-
-    def _pread(self, handle: int, count: int, offset: int) -> bytes:
-        """At most ``count`` bytes; fewer at the end, or after a signal."""
-        try:
-            return os.pread(handle, count, offset)
-        except OSError as error:
-            raise ShardError(
-                f"shard {self.path} cannot be read at byte {offset}: {error.strerror}; see to the disk, then resume "
-                "from the last checkpoint"
-            ) from error
-
-    def check_unchanged(self) -> None:
-        """Raises ShardError where the bytes behind the descriptor are not those of the manifest any more."""
-        handle = self._opened()
-        stamp = FileStamp.of(handle)
-        if self._stamp is not None and self._stamp.shows(stamp):
-            return
-        if stamp.size != self.info.bytes or self._sha256(handle) != self.info.sha256:
-            raise ShardError(f"shard {self.path} was altered while the run read it; {self._remedy()}")
-        self._stamp = stamp
-
-    def _remedy(self) -> str:
-        return (
-            "go back to a checkpoint from before that: delete the folder "
-            f"{self.path.parent}, let it be prepared again and resume from there"
-        )
-
-    def _sha256(self, handle: int) -> str:
-        digest, offset = hashlib.sha256(), 0
-        while block := self._pread(handle, _HASHED_BYTES, offset):
-            digest.update(block)
-            offset += len(block)
-        return digest.hexdigest()
-
-
-class ShardSplit:
-    """The tokens of one split as if they were one array. Pickling carries paths, never tokens or descriptors."""
-
-    def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str, vocab_size: int) -> None:
-        self.directory, self.name, self.info, self.dtype = directory, name, info, np.dtype(dtype)
-        self.vocab_size = vocab_size
-        self.files = [_ShardFile(directory, shard) for shard in info.shards]
-        self._starts = list(accumulate((shard.tokens for shard in info.shards), initial=0))
-        self._stored = self.dtype.newbyteorder("<")
+    def __init__(
+        self,
+        name: str,
+        place: Path,
+        segments: Sequence[Segment],
+        stored: np.dtype[Any],
+        vocab_size: int,
+        restore: str,
+    ) -> None:
+        self.name, self.place, self.segments, self.vocab_size = name, place, list(segments), vocab_size
+        self.files = list(dict.fromkeys(segment.file for segment in self.segments))
+        self.dtype = stored.newbyteorder("=")
+        self._starts = list(accumulate((segment.tokens for segment in self.segments), initial=0))
+        self._stored, self._restore = stored, restore
 
     def __len__(self) -> int:
         """Number of tokens."""
-        return self.info.tokens
-
-    @property
-    def tokens_per_byte(self) -> float:
-        """Tokens per UTF-8 byte: bits per byte = nats per token * tokens_per_byte / ln 2."""
-        return self.info.tokens / self.info.text_bytes
+        return self._starts[-1]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens [stop - start] of the half-open range, across shard boundaries.
+        """Tokens [stop - start] of the half-open range, across files.
 
         Raises IndexError outside, and ShardError where a file was truncated since it was opened.
         """
-        if not 0 <= start <= stop <= self.info.tokens:
+        if not 0 <= start <= stop <= len(self):
             raise IndexError(
                 f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens"
             )
         tokens = np.empty(stop - start, dtype=self.dtype)
-        shard = bisect_right(self._starts, start) - 1
+        i = bisect_right(self._starts, start) - 1
         done, width = 0, self.dtype.itemsize
         while done < len(tokens):
-            offset = start + done - self._starts[shard]
-            count = min(len(tokens) - done, self.info.shards[shard].tokens - offset)
-            data = self.files[shard].pread(count * width, offset * width)
+            segment, skipped = self.segments[i], start + done - self._starts[i]
+            count = min(len(tokens) - done, segment.tokens - skipped)
+            data = segment.file.pread(count * width, segment.offset + skipped * width)
             tokens[done : done + count] = np.frombuffer(data, dtype=self._stored)
             done += count
-            shard += 1
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            # An embedding would fail on it by an index, on a GPU by an abort
-            raise ShardError(
-                f"split {self.name!r} of {self.directory} holds the id {tokens.max()} in tokens [{start}, {stop}), outside "
-                f"its vocabulary of {self.vocab_size}: it was altered while the run read it; delete that folder, let it be "
-                "prepared again and resume from the last checkpoint"
-            )
+            i += 1
+        self._check_ids(tokens, start)
         return tokens
 
+    def _check_ids(self, tokens: NDArray[Any], start: int) -> None:
+        """An embedding would fail on such an id by an index, on a GPU by an abort."""
+        if not len(tokens):
+            return
+        worst = int(tokens.max())
+        if tokens.dtype.kind == "i" and (least := int(tokens.min())) < 0:
+            worst = least
+        if not 0 <= worst < self.vocab_size:
+            raise ShardError(
+                f"split {self.name!r} of {self.place} holds the id {worst} in tokens [{start}, {start + len(tokens)}), "
+                f"outside its vocabulary of {self.vocab_size}: it was altered while the run read it; {self._restore} "
+                "and resume from the last checkpoint"
+            )
+
+    def part(self, name: str, start: int, stop: int) -> TokenSplit:
+        """The tokens [start, stop) as a split of their own."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(
+                f"tokens [{start}, {stop}) are outside split {self.name!r} of {len(self)} tokens"
+            )
+        found = []
+        for segment, first in zip(self.segments, self._starts, strict=False):
+            low, high = max(start, first), min(stop, first + segment.tokens)
+            if low < high:
+                offset = segment.offset + (low - first) * self._stored.itemsize
+                found.append(Segment(segment.file, offset, high - low))
+        return TokenSplit(name, self.place, found, self._stored, self.vocab_size, self._restore)
+
     def check_unchanged(self) -> None:
-        """Raises ShardError unless every file holds the bytes that its manifest names.
+        """Raises ShardError unless every file holds the bytes that it was opened with.
 
         It costs a system call a file; where size, times or inode are not those of the last check, or were too young
         then to show a change, the file's sha256 is computed anew (about 1 GB/s).
         """
         for file in self.files:
             file.check_unchanged()
+
+
+class ShardSplit(TokenSplit):
+    """A split of a prepared folder. ``info``: what its manifest says."""
+
+    def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str, vocab_size: int) -> None:
+        self.directory, self.info = directory, info
+        wording = Wording.of_shard(directory)
+        segments = [
+            Segment(CheckedFile(directory / shard.file, shard, wording), 0, shard.tokens)
+            for shard in info.shards
+        ]
+        stored = np.dtype(dtype).newbyteorder("<")
+        restore = "delete that folder, let it be prepared again"
+        super().__init__(name, directory, segments, stored, vocab_size, restore)
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens per UTF-8 byte: bits per byte = nats per token * tokens_per_byte / ln 2."""
+        return self.info.tokens / self.info.text_bytes
 
 
 class TokenShards:

@@ -32,7 +32,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.sources import TextSource
+from qtrain.data.sources import SourceError, TextSource
 
 # About ten words: shorter windows match boilerplate such as "import os\nimport sys", longer ones lose every
 # match around a one-word edit (an edit destroys WINDOW_BYTES windows).
@@ -151,10 +151,9 @@ def assign_sides(
     ``val_fraction``: the expected share of DOCUMENTS on the validation side, in (0, 1); the share of bytes
     varies with their sizes. Documents of whitespace alone count as exact duplicates (of the empty text).
     ``report``: called with the number of documents done. Memory: about 100 bytes a document, and twice the bytes of the
-    validation texts. Raises ValueError on a fraction outside (0, 1) and when a side would be empty.
+    validation texts. Raises ValueError on a fraction outside (0, 1), SourceError when a side would be empty.
     """
-    if not 0.0 < val_fraction < 1.0:
-        raise ValueError(f"val_fraction {val_fraction} must lie strictly between 0 and 1, for example 0.05")
+    check_fraction(val_fraction)
     threshold = int(val_fraction * 2.0**64)
     seen: set[bytes] = set()
     sides = bytearray()
@@ -179,12 +178,18 @@ def assign_sides(
     return Assignment(found, WindowTable(validation), text_bytes)
 
 
+def check_fraction(val_fraction: float) -> None:
+    """Raises ValueError unless it lies in (0, 1)."""
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction {val_fraction} must lie strictly between 0 and 1, for example 0.05")
+
+
 def check_sides(counts: Mapping[Side, int], name: str, val_fraction: float) -> None:
-    """Raises ValueError where the train or the validation side of source ``name`` has no document."""
+    """Raises SourceError where the train or the validation side of source ``name`` has no document."""
     for side in (Side.TRAIN, Side.VAL):
         if counts[side] == 0:
             shown = {s.name.lower(): n for s, n in counts.items()}
-            raise ValueError(
+            raise SourceError(
                 f"the {side.name.lower()} split of source {name!r} is empty ({shown}, val_fraction {val_fraction}); give "
                 "more documents (a single large file can be cut into documents with "
                 "TextFilesSource(separator=...)) or another val_fraction"

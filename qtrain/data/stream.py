@@ -4,7 +4,7 @@
     window          = permutation(seed, epoch)(position)   a bijection of [0, n)
     tokens          = split[offset + window * S : ... + S + 1],  offset(seed, epoch) in [0, S)
 
-Nothing here has state, so workers, processes, batch size and interruptions cannot change the data: step k
+``TokenWindows`` has no state, so workers, processes, batch size and interruptions cannot change the data: step k
 always consumes samples [k * B, (k + 1) * B), and a resume is ``start_step=k``. A shuffled index array would
 give the same but holds 8 n bytes in every worker; the permutation here is a Feistel network over the next
 even power of two whose values outside [0, n) are walked on (Black and Rogaway, "Ciphers with Arbitrary Finite
@@ -18,7 +18,8 @@ S sequence length in tokens, B global batch in windows, n windows an epoch, N to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from qtrain.data.shards import ShardSplit
+from qtrain.data.shards import TokenSplit
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment, 2^64 / golden ratio
@@ -77,7 +78,7 @@ class Permutation:
         return x
 
 
-def _item(window: NDArray[np.integer]) -> dict[str, Tensor]:
+def item(window: NDArray[np.integer]) -> dict[str, Tensor]:
     """[S + 1] tokens -> input [S] and target [S], int64; target[t] is the token after input[t]."""
     tokens = torch.from_numpy(window.astype(np.int64))
     return {"input": tokens[:-1], "target": tokens[1:]}
@@ -88,14 +89,39 @@ def _check_sequence(sequence_tokens: int) -> None:
         raise ValueError(f"sequence_tokens {sequence_tokens} must be at least 1")
 
 
-class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Training windows by GLOBAL sample index i = 0, 1, 2, ... without end.
+class Windows(Dataset[dict[str, Tensor]]):
+    """Training samples by GLOBAL index i = 0, 1, 2, ...; item: ``input`` [S] and ``target`` [S], int64. There is no
+    ``__len__``: use it with ``GlobalBatchSampler``.
 
-    Item: ``input`` [S] and ``target`` [S], int64. ``windows_per_epoch`` is n = N // S - 1, which leaves room
-    for every offset in [0, S). There is no ``__len__``: use it with ``GlobalBatchSampler``.
+    Samples that are a function of (seed, i) have no state. Those of a stream that is read once and forwards
+    (``streamed_text``) have one: it says how to go on from sample i, and holds for any number of processes.
     """
 
-    def __init__(self, split: ShardSplit, sequence_tokens: int, seed: int) -> None:
+    def state_dict(self, sample: int) -> dict[str, Any] | None:
+        """What ``load_state_dict`` needs to go on with ``sample``, as plain containers; None where it needs nothing."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, sample: int) -> None:
+        """Before the first sample is read. Raises ValueError where ``state`` is no state of these samples."""
+        if state is not None:
+            raise ValueError(
+                "the checkpoint holds the state of a stream, and these data have none: they are others"
+            )
+
+    def release(self, sample: int) -> None:
+        """Nothing before ``sample`` will be read or asked for again."""
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+
+
+class TokenWindows(Windows):
+    """Windows of a split in shuffled order, without end and without state.
+
+    ``windows_per_epoch`` is n = N // S - 1, which leaves room for every offset in [0, S).
+    """
+
+    def __init__(self, split: TokenSplit, sequence_tokens: int, seed: int) -> None:
         _check_sequence(sequence_tokens)
         self.split, self.sequence_tokens, self.seed = split, sequence_tokens, seed
         self.windows_per_epoch = len(split) // sequence_tokens - 1
@@ -122,7 +148,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = self.start(index)
-        return _item(self.split.read(start, start + self.sequence_tokens + 1))
+        return item(self.split.read(start, start + self.sequence_tokens + 1))
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -192,7 +218,7 @@ class ValidationWindows(Dataset[dict[str, Tensor]]):
     spread over the split, so that a quick evaluation sees all kinds of documents and not only the first.
     """
 
-    def __init__(self, split: ShardSplit, sequence_tokens: int, max_windows: int | None = None) -> None:
+    def __init__(self, split: TokenSplit, sequence_tokens: int, max_windows: int | None = None) -> None:
         _check_sequence(sequence_tokens)
         if max_windows is not None and max_windows < 1:
             raise ValueError(f"max_windows {max_windows} must be at least 1, or None for all windows")
@@ -216,7 +242,7 @@ class ValidationWindows(Dataset[dict[str, Tensor]]):
         return self.split.read(start, start + self.sequence_tokens + 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _item(self._window(index))
+        return item(self._window(index))
 
     def tokens(self) -> NDArray[np.int64]:
         """All windows, [len(self), S + 1] int64: what an n-gram baseline needs for the same predictions."""

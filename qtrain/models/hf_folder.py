@@ -23,13 +23,6 @@ from .decoder import DecoderConfig
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The causal class of each family
-_CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 # Fields that say how a model is trained or started, not what it computes
 _FREE = ("dropout", "init_std", "init_from", "sequence_tokens")
 
@@ -55,7 +48,7 @@ def local_folder(source: str, *, weights: bool) -> Path:
         raise ValueError(
             f"init_from={source} is no folder here, and Hugging Face's hub did not give it ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); check the name, or download it elsewhere and give its folder"
-        ) from error
+        ) from None
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -65,7 +58,7 @@ def read_config(folder: Path) -> DecoderConfig:
     try:
         theirs = hf_config.huggingface().AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     return hf_config.from_huggingface(theirs)
 
 
@@ -92,7 +85,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         try:
             found |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {error}") from error
+            raise ValueError(f"{folder / name} cannot be read: {error}") from None
     return found
 
 
@@ -143,25 +136,18 @@ def load_pretrained(model: nn.Module, source: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{folder} does not hold the model that its {CONFIG} describes: {error}") from error
+        raise ValueError(f"{folder} does not hold the model that its {CONFIG} describes: {error}") from None
 
 
 def write_folder(
-    config: DecoderConfig,
-    state: Mapping[str, Tensor],
-    folder: Path,
-    *,
-    eot_token: int | None = None,
-    more: Callable[[Path], None] = lambda folder: None,
+    theirs: Any, tensors: Mapping[str, Tensor], folder: Path, *, more: Callable[[Path], None] = lambda _: None
 ) -> None:
     """Writes what ``AutoModelForCausalLM.from_pretrained(folder)`` loads: config.json, model.safetensors and
     generation_config.json, under a temporary name that becomes ``folder`` when all is there.
 
-    more: writes further files into the folder that it is given. Raises ValueError where ``folder`` exists, or
-    Hugging Face has no such model.
+    theirs: a PretrainedConfig. tensors: the weights under their names, float32, none of them twice. more: writes further
+    files into the folder that it is given. Raises ValueError where ``folder`` exists.
     """
-    theirs = hf_config.to_huggingface(config, eot_token=eot_token)
-    tensors = hf_weights.to_huggingface(config, state)
     transformers = hf_config.huggingface()
     from safetensors.torch import save_file
 
@@ -171,17 +157,12 @@ def write_folder(
     partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
     try:
-        values = json.loads(theirs.to_json_string())
-        values["architectures"] = [_CLASSES[theirs.model_type]]
-        values["dtype"] = values["torch_dtype"] = "float32"  # transformers 5 and before
-        if "rope_parameters" in values:  # which transformers before 5 do not read
-            rope = values["rope_parameters"]
-            values["rope_theta"] = rope["rope_theta"]
-            values["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-        (partial / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        generation = transformers.GenerationConfig(bos_token_id=eot_token, eos_token_id=eot_token)
-        generation.save_pretrained(partial)
+        text = json.dumps(_config_json(theirs), indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        save_file(dict(tensors), partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+        ends = {name: getattr(theirs, name) for name in ("bos_token_id", "eos_token_id")}
+        transformers.GenerationConfig(**ends).save_pretrained(partial)
         more(partial)
         for file in partial.iterdir():
             with file.open("rb") as written:
@@ -190,3 +171,18 @@ def write_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _config_json(theirs: Any) -> dict[str, Any]:
+    """The values of config.json, which transformers 4 reads as well as 5."""
+    hf_config.huggingface()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = json.loads(theirs.to_json_string())
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[theirs.model_type]]
+    values["dtype"] = values["torch_dtype"] = "float32"
+    rope = values.get("rope_parameters")
+    if rope is not None and "rope_theta" in rope:  # transformers 4 knows no rope_parameters
+        values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    return values

@@ -9,6 +9,7 @@ from .census import Census, CensusError, take_census
 from .clock import Clock
 from .compiled import CompiledComparison, compare_compiled
 from .linear import QuantizedConv1D, QuantizedLayer, QuantizedLinear
+from .quantizers import advance_ranges, follow_optimizer, start_steps
 from .surgery import LayerReport, SurgeryReport, apply_recipe
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedLinear",
     "SurgeryReport",
+    "advance_ranges",
     "apply_recipe",
     "compare_compiled",
+    "follow_optimizer",
+    "start_steps",
     "take_census",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .linear import QuantizedLayer
 from .observation import Observation, missing, observe_layer
 from .probe import NATIVE_OPS, LayerProbe, Watch
+from .quantizers import notes_put_back
 from .surgery import SurgeryReport
 
 
@@ -153,7 +154,7 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
     probes = {name: LayerProbe(layers[name], counters, watch) for name in plan if name in layers}
     calls = _native_calls()
     try:
-        with torch.compiler.set_stance("force_eager"), watch:
+        with torch.compiler.set_stance("force_eager"), notes_put_back(model), watch:
             gradients_of_probe(model, probe)
     finally:
         counters.copy_(kept)

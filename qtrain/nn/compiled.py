@@ -35,6 +35,7 @@ from qtrain.quant import LinearRecipe
 
 from .census import CensusError, gradients_of_probe, named_layers
 from .linear import QuantizedLayer
+from .quantizers import notes_put_back
 from .surgery import SurgeryReport
 
 MIN_GAIN, MAX_GAIN = 0.5, 1.5
@@ -121,7 +122,8 @@ def compare_compiled(
 
     def gradients() -> tuple[float, dict[str, Tensor]]:
         try:
-            loss, found = gradients_of_probe(model, probe)
+            with notes_put_back(model):
+                loss, found = gradients_of_probe(model, probe)
         finally:
             report.clock.counters.copy_(kept)
         return loss, {name.replace("_orig_mod.", ""): g for name, g in found.items()}

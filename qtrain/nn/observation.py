@@ -285,7 +285,7 @@ def _observe_call(
     assert weight is not None
     assert y is not None
     # Not the layer's own clock and stream: its bits are those of the report's clock and of its name
-    gemms = linear_oracle(recipe, Draws(call.counters, stream_id(name)), x, weight, g)
+    gemms = linear_oracle(recipe, Draws(call.counters, stream_id(name)), x, weight, g, call.given)
     exact = {"y": x @ weight.t()}
     if g is not None:
         exact |= {"dx": g @ weight, "dW": g.t() @ x}

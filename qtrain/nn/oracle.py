@@ -9,7 +9,7 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -65,8 +65,8 @@ class OracleGemm:
 
 
 class _Operands:
-    def __init__(self, recipe: LinearRecipe, draws: Draws) -> None:
-        self.recipe, self.draws = recipe, draws
+    def __init__(self, recipe: LinearRecipe, draws: Draws, given: Mapping[str, Tensor]) -> None:
+        self.recipe, self.draws, self.given = recipe, draws, given
 
     def transformed(self, view: Tensor, gemm: str) -> Tensor:
         transform = getattr(self.recipe, gemm).transform
@@ -83,7 +83,7 @@ class _Operands:
         noise = self.draws.noise(spec, name, stored, tokens=not name.endswith("weight"))
         if noise is not None and rows_are_contraction:
             noise = noise.t()
-        return quantize_values(source, spec, noise)
+        return quantize_values(source, spec, noise, self.given.get(name))
 
     def make(
         self, view: Tensor, name: str, gemm: str, *, rows_are_contraction: bool = False
@@ -120,14 +120,20 @@ def _backward_through(
 
 @torch.no_grad()
 def linear_oracle(
-    recipe: LinearRecipe, draws: Draws, x: Tensor, weight: Tensor, g: Tensor | None = None
+    recipe: LinearRecipe,
+    draws: Draws,
+    x: Tensor,
+    weight: Tensor,
+    g: Tensor | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, OracleGemm]:
     """The GEMMs of a layer by name: fprop, and dgrad and wgrad where the gradient g is given.
 
-    x: [T, I]; weight: [O, I]; g: [T, O]; any float dtype. Results: y [T, O] without bias, dx [T, I], dW [O, I].
+    x: [T, I]; weight: [O, I]; g: [T, O]; any float dtype. given: of the operands whose ranges have a state, what they
+    were at that moment (``Quantizers.given``). Results: y [T, O] without bias, dx [T, I], dW [O, I].
     """
     x, weight = x.detach().to(torch.float32), weight.detach().to(torch.float32)
-    make = _Operands(recipe, draws)
+    make = _Operands(recipe, draws, given or {})
     xq, wq = make.make(x, "fprop.input", "fprop"), make.make(weight, "fprop.weight", "fprop")
     names = ("fprop.input", "fprop.weight")
     gemms = {"fprop": OracleGemm(names, xq, wq, lambda product: product)}

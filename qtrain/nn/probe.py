@@ -100,13 +100,14 @@ _PRECISIONS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float32: "fp32"
 
 @dataclass
 class Call:
-    """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, as
-    the layer was entered. needs_dx: whether its input asks for a gradient.
+    """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, given:
+    the ranges that have a state, as the layer was entered. needs_dx: whether its input asks for a gradient.
 
     Parameters are those that the layer was entered with: where they are sharded, it is whole only then."""
 
     counters: Tensor
     needs_dx: bool
+    given: dict[str, Tensor] = field(default_factory=dict)
     edges: dict[str, Tensor] = field(default_factory=dict)
     forward: list[Product] = field(default_factory=list)
     backward: list[Product] = field(default_factory=list)
@@ -146,6 +147,9 @@ class LayerProbe:
         key, x = next(iter(entering.items()))
         call = Call(self.counters.clone(), x.requires_grad and torch.is_grad_enabled())
         call.edges["x"] = x.detach().clone()
+        quantizers = getattr(module, "quantizers", None)
+        if quantizers is not None:
+            call.given = {name: t.detach().clone() for name, t in quantizers.given().items()}
         self.calls.append(call)
         self._parameters.append(dict(module._parameters))
         for name, gradient in (("weight", "dW"), ("bias", "db")):

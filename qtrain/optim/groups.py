@@ -5,6 +5,9 @@ norm gains, biases            no decay    (float32 states: fewer than two dimens
 learned quantizer ranges      no decay    quantized where large
 embeddings, tied heads        by choice   float32 states: rows seen rarely have gradients far apart in size
                                           (arXiv 2110.02861)
+
+Quantized states go by a parameter's storage: a block or scale never crosses a row of dimension 0, which is an output of
+an nn.Linear and an input of Hugging Face's Conv1D (GPT-2), stored [I, O].
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.quant import QTensor, QuantSpec, get_format, quantize
+from qtrain.quant import QTensor, QuantSpec, quantize
 from qtrain.quant.formats import CodebookFormat
 
 from . import codec
@@ -48,7 +48,11 @@ def state_spec(kind: str, value: QuantSpec | str | Mapping[str, Any] | None) -> 
         spec = QuantSpec.of(value, granularity=DEFAULT_GRANULARITY)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{kind}: {error}") from None
-    blocks, number_format = spec.blocks, get_format(spec.format)
+    if spec.stateful:
+        raise ValueError(
+            f"{kind} with clip={spec.clip!r}: such a range has a state, which layers hold; use absmax or mse"
+        )
+    blocks, number_format = spec.blocks, spec.plain_format
     whole_tensor = blocks.rows is None and blocks.columns is None
     if blocks.rows != 1 and not whole_tensor:
         raise ValueError(

@@ -33,6 +33,7 @@ class Quantized(NamedTuple):
     zero_point: like scale, or None.
     inside: [F, K] bool, where the estimator passes the gradient; None if everywhere.
     block_scale, tensor_scale: what is stored of the scale: [F/r, K/c] and 0-d (None where there is one level).
+    amax: [F/r, K/c] float32, the largest magnitudes, for ranges with a state (else None).
     """
 
     values: Tensor
@@ -41,9 +42,12 @@ class Quantized(NamedTuple):
     inside: Tensor | None
     block_scale: Tensor
     tensor_scale: Tensor | None
+    amax: Tensor | None = None
 
 
-def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _clip(
+    blocks: Tensor, shape: tuple[int, int], spec: QuantSpec, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(lo, hi) a block, [nr, 1, nc, 1]; symmetric ranges have lo = -hi. What searches the grid is left to the
     caller."""
     kind, value = spec.clip_kind_and_value
@@ -57,6 +61,8 @@ def _clip(blocks: Tensor, shape: tuple[int, int], spec: QuantSpec) -> tuple[Tens
             hi = ranges.mean_magnitude(blocks, spec.blocks.counts(shape, blocks.device)) * value
         elif kind == "fixed":
             hi = torch.full_like(amax, value)
+        elif given is not None:
+            hi = given * spec.number_format.max if kind == "learned" else torch.where(given > 0, given, amax)
         elif kind == "plugin":
             hi = spec.clip_function(blocks, spec.blocks.counts(shape, blocks.device))
         if hi is not amax:
@@ -143,8 +149,13 @@ def _at_ratio(
     return round_at
 
 
-def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
+def quantize_values(
+    x: Tensor, spec: QuantSpec, noise: Tensor | None = None, given: Tensor | None = None
+) -> Quantized:
     """The operand x [F, K] (any float dtype) on the grid of ``spec``.
+
+    given: [F/r, K/c] float32, needed exactly when the range has a state (``spec.stateful``): the learned step, or the
+    range's end, 0 for the operand's own maximum.
 
     noise: [F, K] uniform float32 in [0, 1), needed exactly when ``spec.rounding`` is stochastic (else, or in
     another shape, ValueError). Differentiable code goes through ``qtrain.quant.fake_quantize`` or the layers.
@@ -155,6 +166,11 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
         )
     if (noise is not None) != spec.stochastic:
         raise ValueError(f"rounding={spec.rounding!r} {'needs' if spec.stochastic else 'takes no'} noise")
+    if (given is not None) != spec.stateful:
+        raise ValueError(
+            f"clip={spec.clip!r} {'has a state, which a quantized layer holds; elsewhere' if spec.stateful else 'has none:'} "
+            "use a clip without one: absmax, mse, gaussian, fixed:A"
+        )
     if noise is not None and noise.shape != x.shape:
         raise ValueError(
             f"noise of shape {tuple(noise.shape)} for an operand of shape {tuple(x.shape)}: each element needs its own"
@@ -171,11 +187,14 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
             None,
             scale,
             scale.new_tensor(1.0) if spec.tensor_scale else None,
+            torch.zeros_like(scale) if spec.stateful else None,
         )
 
     blocks = tiling.blocks(x.to(torch.float32))
     noise_blocks = None if noise is None else tiling.blocks(noise)
-    lo, hi = _clip(blocks, shape, spec)
+    if given is not None:
+        given = given.detach().to(torch.float32)[:, None, :, None]
+    lo, hi = _clip(blocks, shape, spec, given)
     ratios = {"mse": ranges.MSE_RATIOS, "four_six": ranges.FOUR_SIX_RATIOS}.get(spec.clip)
     largest = hi.amax()
     if ratios is not None:
@@ -183,6 +202,8 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
         lo, hi = lo * ratio, hi * ratio
         largest = hi.amax() if spec.clip == "mse" else largest
     scale, block_scale, tensor_scale, zero_point = _scale(lo, hi, spec, largest)
+    if spec.clip == "learned" and given is not None:  # the step itself, not (step * max) / max
+        scale = block_scale = torch.where(torch.isfinite(scale), given.clamp(min=spec.min_scale), torch.nan)
     v, values = _round_blocks(blocks, scale, zero_point, spec, noise_blocks)
     inside = _inside(v, values, zero_point, spec)
 
@@ -196,6 +217,7 @@ def quantize_values(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> 
         inside=None if inside is None else tiling.unblock(inside, shape),
         block_scale=flat(block_scale),
         tensor_scale=tensor_scale,
+        amax=None if given is None else flat(ranges.absmax(blocks)),
     )
 
 

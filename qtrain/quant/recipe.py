@@ -181,6 +181,11 @@ class LinearRecipe:
         )
 
     @property
+    def learns_steps(self) -> bool:
+        """Whether a range of it is a parameter."""
+        return any(isinstance(v, QuantSpec) and v.clip == "learned" for v in self.operands().values())
+
+    @property
     def stochastic(self) -> bool:
         """Whether it draws random bits: stochastic rounding or a randomized transform."""
         return any(isinstance(v, QuantSpec) and v.stochastic for v in self.operands().values()) or any(

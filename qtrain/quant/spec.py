@@ -154,6 +154,11 @@ class QuantSpec:
             raise ValueError(
                 f"clip={self.clip!r} with tensor_scale=True: a range with state has one scale a block; use absmax"
             )
+        if kind == "learned" and self.estimator not in ("clipped", "seq"):
+            raise ValueError(
+                f"clip='learned' with estimator={self.estimator!r}: the step's gradient tells clipped values apart; "
+                "allowed are clipped (LSQ) and seq (ParetoQ)"
+            )
         if kind == "learned" and self.scale_format != "float32":
             raise ValueError(
                 f"clip='learned' with scale_format={self.scale_format!r}: the step is learned as a float32 number"

@@ -20,8 +20,9 @@ from qtrain_kernels.cpu_tier import tier
 from torch import nn
 from torch.optim import Optimizer
 
-from qtrain.data.sources import TextSource
-from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
+from qtrain.data.corpus import DataPlan, PreparedText
+from qtrain.data.mixture import Mixture
+from qtrain.data.tokenizers import BpeTraining, Tokenizer
 from qtrain.models.protocol import ModelConfig
 from qtrain.nn.native import obstacles
 from qtrain.optim import parameter_groups
@@ -105,8 +106,13 @@ class Assembly:
     recipe: ModelRecipe
     optimizer: OptimizerParts
     schedule: Callable[[int], float]
-    tokenizer: Tokenizer | BpeTraining
-    source: TextSource
+    data: DataPlan
+
+    @property
+    def tokenizer(self) -> Tokenizer | BpeTraining | None:
+        """Of the data, which may be still to be trained: what is opened has the one that was. None where they name
+        none."""
+        return self.data.tokenizer
 
     @property
     def processes(self) -> ProcessSettings:
@@ -127,16 +133,17 @@ class Assembly:
 
 def _check_fit(parts: Assembly) -> None:
     """What one part demands of another."""
-    settings, model, vocabulary = parts.settings, parts.model_config, parts.tokenizer.vocab_size
+    settings, model, vocabulary = parts.settings, parts.model_config, parts.data.vocab_size
     if settings.sequence_tokens > model.sequence_tokens:
         raise ValueError(
             f"sequence_tokens={settings.sequence_tokens} exceeds model.sequence_tokens={model.sequence_tokens}; "
             "shorten the sequences or raise both"
         )
     if model.vocab_size < vocabulary:
+        whose = "data" if parts.tokenizer is None else f"tokenizer {parts.tokenizer.name!r}"
         raise ValueError(
-            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} ids of the tokenizer "
-            f"{parts.tokenizer.name!r}; set model.vocab_size={vocabulary} or more"
+            f"model.vocab_size={model.vocab_size} is less than the {vocabulary} ids of the {whose}; set "
+            f"model.vocab_size={vocabulary} or more"
         )
     settings.accumulate(parts.world_size)
     optimizer = parts.optimizer.target["_target_"]
@@ -153,6 +160,11 @@ def _check_fit(parts: Assembly) -> None:
         )
     tokens = settings.micro_batch_sequences * settings.sequence_tokens
     for recipe in (parts.recipe.linear, *(rule.recipe for rule in parts.recipe.rules)):
+        if recipe is not None and recipe.learns_steps and parts.processes.sharding == "fsdp2":
+            raise ValueError(
+                "a recipe with clip=learned under trainer.strategy=fsdp2: a layer's steps are fewer than its rows, and "
+                "would be cut up with them; take trainer=ddp, or ranges static or delayed"
+            )
         if recipe is not None and recipe.wgrad.transform is not None:
             recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
 
@@ -217,28 +229,69 @@ def _model_config(config: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     return model
 
 
-def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | BpeTraining | None = None) -> Assembly:
+# What the parts of a mixture have of it where they do not say it themselves
+_SHARED = ("tokenizer", "folder")
+
+
+def data_plan(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> DataPlan:
+    """A mixture, where the configuration has ``parts``; texts to prepare, where it has no ``_target_``. tokenizer: in
+    the place of the one that is named."""
+    if "parts" in config:
+        return _mixture(config, tokenizer)
+    if tokenizer is not None:
+        config = {**config, "tokenizer": tokenizer}
+    if "_target_" in config:
+        plan: DataPlan = build(config)
+        return plan
+    return PreparedText(**build(config))
+
+
+def _mixture(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> DataPlan:
+    unknown = set(config) - {"parts", *_SHARED}
+    if unknown:
+        raise ValueError(
+            f"data.{min(unknown)}: a mixture has {', '.join(('parts', *_SHARED))}; the rest is its parts'"
+        )
+    shared, parts = {key: config.get(key) for key in _SHARED}, {}
+    for name, part in (config["parts"] or {}).items():
+        if not isinstance(part, Mapping) or "weight" not in part:
+            raise ValueError(f"data.parts.{name}: give its weight, as in data.parts.{name}.weight=0.5")
+        if "parts" in part:
+            raise ValueError(
+                f"data.parts.{name} is a mixture itself; give its parts here, with the products of the weights"
+            )
+        own = {key: value for key, value in part.items() if key != "weight"}
+        missing = {k: v for k, v in shared.items() if v is not None and own.get(k) is None}
+        try:
+            parts[str(name)] = (part["weight"], data_plan({**own, **missing}, tokenizer))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"data.parts.{name}: {error}") from error
+    return Mixture(parts)
+
+
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Assembly:
     """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
     the place of the one that ``config`` names, as where a checkpoint brings it.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
-    data = config["data"]
-    tokenizer = tokenizer or get_tokenizer(data["tokenizer"])
+    data = data_plan(config["data"], tokenizer)
     recipe = build(config["recipe"])
     if not isinstance(recipe, ModelRecipe):
         raise TypeError(
             f"recipe is a {type(recipe).__name__}: give it _target_: qtrain.quant.ModelRecipe, as in configs/recipe"
         )
+    model = _model_config(config["model"], data.vocab_size)
+    if hasattr(model, "plain"):  # described elsewhere: a run writes down what it found there
+        config = {**config, "model": model.plain()}
     parts = Assembly(
         config=config,
         settings=_settings(config),
-        model_config=_model_config(config["model"], tokenizer.vocab_size),
+        model_config=model,
         recipe=recipe,
         optimizer=OptimizerParts.of(config["optimizer"]),
         schedule=build(config["schedule"]),
-        tokenizer=tokenizer,
-        source=build(data["source"]),
+        data=data,
     )
     _check_fit(parts)
     _check_machine(parts.settings)

@@ -11,12 +11,12 @@ from typing import Any
 
 from qtrain.data.ngram import trigram_nats_per_token
 from qtrain.data.shards import TokenShards
-from qtrain.data.stream import ValidationWindows
+from qtrain.data.validation import ValidationSet
 
 from .run_folder import SUMMARY, write_json
 
 
-def trigram_loss(shards: TokenShards, windows: ValidationWindows) -> float:
+def trigram_loss(shards: TokenShards, windows: ValidationSet) -> float:
     """Nats per token of an interpolated Kneser-Ney trigram of the training split on the tokens of ``windows``.
 
     Kept beside the shards, where that folder can be written: it is a function of them alone.

@@ -1,25 +1,21 @@
 """The data of a run: training windows by global sample index, and the fixed validation windows.
 
 The position of the training stream is one number, the optimizer step, and it travels in the checkpoint through
-the loader's ``state_dict``; no shuffled order needs to be kept (``qtrain.data.stream``).
+the loader's ``state_dict``; no shuffled order needs to be kept (``qtrain.data.stream``). A stream that is read once and
+forwards adds its state there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtrain.data.cache import cache_root
-from qtrain.data.prepare import open_prepared, prepare
-from qtrain.data.progress import Progress, shown_progress
-from qtrain.data.shards import TokenShards
-from qtrain.data.stream import GlobalBatchSampler, TokenWindows, ValidationWindows
+from qtrain.data.corpus import Corpus
+from qtrain.data.stream import GlobalBatchSampler, Windows
 
 from .assembly import Assembly
 
@@ -36,16 +32,25 @@ class _WholeRun(GlobalBatchSampler):
 class StreamLoader(DataLoader):
     """A DataLoader over a GlobalBatchSampler with a position. next_step: the step that the run takes next."""
 
-    def __init__(
-        self, windows: TokenWindows, sampler: GlobalBatchSampler, next_step: Callable[[], int]
-    ) -> None:
+    def __init__(self, windows: Windows, sampler: GlobalBatchSampler, next_step: Callable[[], int]) -> None:
         super().__init__(windows, batch_sampler=sampler)
-        self._stream, self._next_step = sampler, next_step
+        self._windows, self._stream, self._next_step = windows, sampler, next_step
 
-    def state_dict(self) -> dict[str, int]:
-        return {"next_sample": self._next_step() * self._stream.global_batch}
+    def _next_sample(self) -> int:
+        return self._next_step() * self._stream.global_batch
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            self._windows.release(self._next_sample())  # a checkpoint is of this step or a later one
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every process."""
+        sample = self._next_sample()
+        stream = self._windows.state_dict(sample)
+        return {"next_sample": sample} if stream is None else {"next_sample": sample, "stream": stream}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the position lies within a step of this batch size, or after the run's end."""
         step, rest = divmod(state["next_sample"], self._stream.global_batch)
         if rest or step > self._stream.max_steps:
@@ -54,65 +59,42 @@ class StreamLoader(DataLoader):
                 f"steps of {self._stream.global_batch} sequences; resume with the run's batch_sequences and enough steps"
             )
         self._stream.start_step = step
+        self._windows.load_state_dict(state.get("stream"), state["next_sample"])
 
 
-def open_shards(parts: Assembly, recorded: str | None = None) -> TokenShards:
-    """The prepared data of a run, from the cache or newly written.
-
-    recorded: the name of the shard folder that the data must be, as a checkpoint records it. Raises ValueError
-    where the source now gives other data and the recorded folder is not in the cache.
-    """
-    data = parts.config["data"]
-    root = Path(data["folder"]) if data["folder"] is not None else cache_root()
-    if recorded is not None and (root / recorded).is_dir():
-        return open_prepared(root / recorded)
-    with ExitStack() as stack:
-        bars: list[Progress] = []
-
-        def progress(stage: str, done: int, total: int | None) -> None:
-            if stage != "fingerprint":  # which is all that happens where the data are prepared already
-                if not bars:
-                    bars.append(stack.enter_context(shown_progress()))
-                bars[0](stage, done, total)
-
-        shards = prepare(
-            parts.source,
-            parts.tokenizer,
-            root,
-            val_fraction=data["val_fraction"],
-            num_workers=data.get("num_workers"),  # changes no byte; runs of before it have none
-            progress=progress,
-        )
-    if recorded is not None and shards.directory.name != recorded:
-        raise ValueError(
-            f"the run was trained on {recorded}, and its source now gives {shards.directory.name}: the texts changed. "
-            f"Put the folder {recorded} back under {root}, or point data.folder to where it is"
-        )
-    return shards
+def open_corpus(parts: Assembly, recorded: Mapping[str, Any] | None = None) -> Corpus:
+    """The data of a run. recorded: what they must be, as a checkpoint's ``data`` says; raises ValueError where they
+    are others now."""
+    return parts.data.open(recorded)
 
 
 class WindowsDataModule(LightningDataModule):
-    """``parts``: of the run; ``shards``: from ``open_shards``."""
+    """``parts``: of the run; ``corpus``: from ``open_corpus``."""
 
-    def __init__(self, parts: Assembly, shards: TokenShards) -> None:
+    def __init__(self, parts: Assembly, corpus: Corpus) -> None:
         super().__init__()
-        self.settings, self.shards = parts.settings, shards
-        self.val = ValidationWindows(shards.val, self.settings.sequence_tokens, self.settings.eval_windows)
+        self.settings, self.corpus = parts.settings, corpus
+        self.val = corpus.validation(self.settings.sequence_tokens, self.settings.eval_windows)
+        self._train: Windows | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs' validation losses to be comparable."""
         return {
-            "shards": self.shards.directory.name,
-            "fingerprint": self.shards.manifest.source.get("fingerprint"),
-            "tokenizer": self.shards.manifest.tokenizer["name"],
-            "tokenizer_digest": self.shards.manifest.tokenizer["digest"],
+            **self.corpus.identity(),
             "sequence_tokens": self.settings.sequence_tokens,
             "val_windows": len(self.val),
         }
 
-    def train_windows(self) -> TokenWindows:
+    def train_windows(self) -> Windows:
         """Raises ValueError where the text is too short for one window."""
-        return TokenWindows(self.shards.train, self.settings.sequence_tokens, self.settings.seed)
+        if self._train is None:
+            self._train = self.corpus.train_windows(self.settings.sequence_tokens, self.settings.seed)
+        return self._train
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        if self._train is not None:
+            self._train.close()
 
     def train_dataloader(self) -> StreamLoader:
         assert self.trainer is not None

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from .callbacks.metrics_jsonl import bits_per_byte
-from .datamodule import WindowsDataModule, open_shards
+from .datamodule import WindowsDataModule, open_corpus
 from .fit import make_trainer
 from .module import QuantizedTransformer
-from .report import sample_text
+from .report import NO_TOKENIZER, sample_text
 from .run_folder import WINDOW_LOSSES, write_array, write_json
 from .saved import TrainedRun
 from .settings import SampleSettings
@@ -37,21 +37,30 @@ class Evaluation:
 
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
-    """The run's model with its weights, under the recipe of ``run.parts``."""
+    """The run's model with its weights, under the recipe of ``run.parts``. Ranges with a state that this recipe does not
+    have are left out; raises ValueError where it has some that the run did not keep."""
     module = QuantizedTransformer(run.parts, continues=True)
     module.configure_model()
-    module.load_state_dict(run.checkpoint["state_dict"])
+    saved, own = run.checkpoint["state_dict"], module.state_dict()
+    kept = {name: t for name, t in saved.items() if name in own or "quantizers" not in name.split(".")}
+    ranges = sorted(name for name in own if name not in kept and "quantizers" in name.split("."))
+    if ranges:
+        raise ValueError(
+            f"{run.path} has no {ranges[0]}: its run kept no such range; evaluate under the recipe that it was trained "
+            "with, or under one whose clips have no state"
+        )
+    module.load_state_dict(kept)
     return module
 
 
 def evaluate(run: TrainedRun) -> Evaluation:
     """Raises ValueError where the run's validation data are not there any more, or were made by another tokenizer."""
-    recorded = run.checkpoint["qtrain"]["data"]["shards"]
-    data = WindowsDataModule(run.parts, open_shards(run.parts, recorded))
-    if data.shards.tokenizer.digest != run.tokenizer.digest:
+    data = WindowsDataModule(run.parts, open_corpus(run.parts, run.checkpoint["qtrain"]["data"]))
+    theirs = data.corpus.tokenizer
+    if run.tokenizer is not None and (theirs is None or theirs.digest != run.tokenizer.digest):
         raise ValueError(
-            f"the tokens in {data.shards.directory} are not of the run's tokenizer {run.tokenizer.name!r}: its digest is "
-            f"{run.tokenizer.digest}, theirs {data.shards.tokenizer.digest}; bring the run's own prepared data here"
+            f"the tokens of {data.identity()['shards']} are not of the run's tokenizer {run.tokenizer.name!r}: its digest is "
+            f"{run.tokenizer.digest}, theirs {'unknown' if theirs is None else theirs.digest}; bring the run's own data here"
         )
     module = trained_module(run)
     trainer = make_trainer(run.parts, run.folder)
@@ -60,7 +69,8 @@ def evaluate(run: TrainedRun) -> Evaluation:
         "checkpoint": str(run.path),
         "step": run.step,
         "val_loss": module.val_loss,
-        "val_bits_per_byte": bits_per_byte(module.val_loss, data.shards.val.tokens_per_byte),
+        "val_bits_per_byte": bits_per_byte(module.val_loss, data.val.tokens_per_byte),
+        "val_losses": data.val.losses(module.window_losses) if len(data.val.parts) > 1 else {},
         "perplexity": math.exp(min(module.val_loss, 700.0)),  # of a token; e^709 is the largest double
         "quantized_fraction": module.surgery.quantized_fraction,
         "data": data.identity(),
@@ -69,7 +79,9 @@ def evaluate(run: TrainedRun) -> Evaluation:
 
 
 def complete(run: TrainedRun, sample: SampleSettings, seed: int) -> str:
-    """``sample.prompt`` and what the run's model adds to it."""
+    """``sample.prompt`` and what the run's model adds to it. Raises ValueError for data without a tokenizer."""
+    if run.tokenizer is None:
+        raise ValueError(f"{run.path}: no text can be made: {NO_TOKENIZER}")
     module = trained_module(run)
     trainer = make_trainer(run.parts, run.folder)
     module.to(trainer.strategy.root_device)

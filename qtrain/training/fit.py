@@ -16,7 +16,9 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from qtrain.data.corpus import PreparedCorpus
 from qtrain.data.manifest import TOKENIZER
+from qtrain.data.read_ahead import StreamError
 from qtrain.data.shards import ShardError
 
 from .assembly import Assembly, build, resolved_device
@@ -24,11 +26,11 @@ from .baselines import ReferenceRun, reference_run, trigram_loss
 from .callbacks.checkpoint import CheckpointWriter, of_storage, storage_verdict
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .checkpoints import checkpoint_name
-from .datamodule import WindowsDataModule, open_shards
+from .datamodule import WindowsDataModule, open_corpus
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
-from .report import optimizer_state_bytes, print_report, sample_text, summarize
+from .report import NO_TOKENIZER, optimizer_state_bytes, print_report, sample_text, summarize
 from .resume import Start, start_run
 from .run_folder import (
     CENSUS,
@@ -109,7 +111,7 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     """
     begun, settings = time.perf_counter(), parts.settings
     reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
-    data = WindowsDataModule(parts, rank_zero_first(lambda: open_shards(parts)))
+    data = WindowsDataModule(parts, rank_zero_first(lambda: open_corpus(parts)))
     data.train_windows()
     if reference is not None:
         reference.check_comparable(data.identity())
@@ -134,8 +136,8 @@ def _run(
     logger = (
         make_logger(config["logger"], config, folder, parts.settings.name, start.run_id) if first else None
     )
-    if first:
-        data.shards.tokenizer.save(folder / TOKENIZER)
+    if first and data.corpus.tokenizer is not None:
+        data.corpus.tokenizer.save(folder / TOKENIZER)
     module = QuantizedTransformer(parts, continues=start.checkpoint is not None)
     trainer = _training_trainer(parts, folder, logger, callbacks)
     try:
@@ -146,6 +148,7 @@ def _run(
         if first:
             verdict = _written(trainer, verdict)
     finally:
+        data.close()
         _close(trainer)
     return verdict
 
@@ -162,6 +165,10 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
         if world_size() > 1:  # the others have not met it and wait for this process: its end ends them
             raise
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
+    except StreamError as error:
+        if world_size() > 1:
+            raise
+        return Verdict(outcome="data_unavailable", step=trainer.global_step, message=str(error))
     except OSError as error:
         if not of_storage(trainer, error):
             raise
@@ -175,7 +182,7 @@ def _reported(parts: Assembly, trainer: Trainer, *more: Any) -> Verdict | None:
     try:
         _report(parts, trainer, *more)
         if rank() == 0:
-            trainer.datamodule.shards.check_unchanged()  # type: ignore[attr-defined]
+            trainer.datamodule.corpus.check_unchanged()  # type: ignore[attr-defined]
     except ShardError as error:
         return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
     except OSError as error:
@@ -215,7 +222,9 @@ def _report(
     begun: float,
 ) -> None:
     # By all ranks: where the model is sharded, its forward is an act of all, and so is a sum over its states
-    sample = sample_text(module, data.shards.tokenizer, parts.settings.sample, parts.settings.seed)
+    sample = NO_TOKENIZER
+    if data.corpus.tokenizer is not None:
+        sample = sample_text(module, data.corpus.tokenizer, parts.settings.sample, parts.settings.seed)
     sharded = parts.processes.sharding == "fsdp2"
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
@@ -223,7 +232,9 @@ def _report(
     folder = start.folder
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
-    trigram = trigram_loss(data.shards, data.val) if data.shards.tokenizer.kind == "byte" else None
+    trigram = None
+    if isinstance(data.corpus, PreparedCorpus) and data.corpus.tokenizer.kind == "byte":
+        trigram = trigram_loss(data.corpus.shards, data.val)
     census = (
         json.loads((folder / CENSUS).read_text(encoding="utf-8")) if (folder / CENSUS).is_file() else None
     )
@@ -231,7 +242,7 @@ def _report(
         module,
         rows,
         data=data.identity(),
-        tokens_per_byte=data.shards.val.tokens_per_byte,
+        tokens_per_byte=data.val.tokens_per_byte,
         trigram=trigram,
         reference=reference,
         state_bytes=state_bytes,

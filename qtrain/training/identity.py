@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from qtrain.models.protocol import ModelConfig
 from qtrain.nn.surgery import SurgeryReport
 from qtrain.quant import ModelRecipe
 
@@ -50,18 +51,43 @@ def check_allowed(names: Sequence[str]) -> None:
         )
 
 
+def _different(key: str, there: Any, here: Any) -> list[str]:
+    """A sentence for each value that differs, however deep it lies in mappings."""
+    if there == here:
+        return []
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        inner = dict.fromkeys([*there, *here])
+        return [s for k in inner for s in _different(f"{key}.{k}", there.get(k), here.get(k))]
+    return [f"{key}: {there} there, {here} here"]
+
+
+def _different_models(there: Mapping[str, Any], here: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(model)} if is_dataclass(model) else {}
+    there, here = ({k: side.get(k, defaults.get(k)) for k in {**there, **here}} for side in (there, here))
+    # What is written here, or what became of it: a vocabulary that is left open is the tokenizer's
+    became = {k: getattr(model, k, None) for k in here}
+    return [s for k in here if there[k] != became[k] for s in _different(f"model.{k}", there[k], here[k])]
+
+
 def differences(
-    saved: Mapping[str, Any], config: Mapping[str, Any], recipe: ModelRecipe, data: Mapping[str, Any]
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model: ModelConfig,
+    recipe: ModelRecipe,
+    data: Mapping[str, Any],
 ) -> list[str]:
-    """What ``config``, ``recipe`` and ``data`` describe otherwise than the checkpoint ``saved`` has it, a sentence
-    each. Recipes are compared by what they mean, not by how they are written."""
+    """What ``config``, ``model`` (which is built from it), ``recipe`` and ``data`` describe otherwise than the checkpoint
+    ``saved`` has it, a sentence each. Recipes are compared by what they mean, not by how they are written, and a value
+    of a model that one side leaves out is its class's default."""
     theirs = saved["hyper_parameters"]["config"]
     keys = (set(config) | set(theirs)) - FREE - _KNOBS - {"data", "recipe"}
-    found = [
-        f"{key}: {theirs.get(key)} there, {config.get(key)} here"
-        for key in sorted(keys)
-        if config.get(key) != theirs.get(key)
-    ]
+    found: list[str] = []
+    for key in sorted(keys):
+        there, here = theirs.get(key), config.get(key)
+        if key == "model" and isinstance(there, Mapping):
+            found += _different_models(there, config[key], model)
+        else:
+            found += _different(key, there, here)
     facts = saved["qtrain"]
     if facts["recipe_sha256"] != recipe_digest(recipe) and "recipe" not in config.get("allow_changed", ()):
         found.append(

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import default_collate
 
 from qtrain.data.stream import mix_words
+from qtrain.nn.quantizers import follow_optimizer, start_steps
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 
 from .assembly import Assembly, resolved_device
@@ -94,8 +96,20 @@ class QuantizedTransformer(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.parts.optimizer.for_model(self.model)
+        follow_optimizer(self.model, optimizer)
         scheduler = LambdaLR(optimizer, self.parts.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Begins the learned steps on the run's first micro-batch, which all ranks have alike."""
+
+        def run(model: nn.Module) -> None:
+            windows = self.trainer.datamodule.train_windows()  # type: ignore[attr-defined]
+            first = default_collate([windows[i] for i in range(self.settings.micro_batch_sequences)])
+            with self.trainer.precision_plugin.forward_context():
+                model(first["input"].to(self.device))
+
+        start_steps(self.model, run)
 
     @property
     def accumulate(self) -> int:
@@ -183,8 +197,8 @@ class QuantizedTransformer(LightningModule):
 
     @property
     def val_loss(self) -> float:
-        """Nats per token over all windows of the last validation."""
-        return float(self.window_losses.double().mean())
+        """Nats per token over all windows of the last validation; of several parts, by their weights."""
+        return self.trainer.datamodule.val.loss(self.window_losses)  # type: ignore[attr-defined]
 
     def _set_counters(self, loops: dict[str, Any], step: int) -> None:
         """Puts Lightning's counters to the complete step, in micro-batches of this run."""
@@ -211,13 +225,14 @@ class QuantizedTransformer(LightningModule):
         step = self.trainer.global_step
         self._set_counters(checkpoint["loops"], step)
         census = Path(self.trainer.default_root_dir) / CENSUS
+        tokenizer = self.trainer.datamodule.corpus.tokenizer  # type: ignore[attr-defined]
         checkpoint["qtrain"] = {
             "step": step,
             "tokens": step * self.settings.step_tokens,
             "next_sample": step * self.settings.batch_sequences,
             "data": self.trainer.datamodule.identity(),  # type: ignore[attr-defined]
             # By its contents, so that a checkpoint is enough by itself
-            "tokenizer": self.trainer.datamodule.shards.tokenizer.state(),  # type: ignore[attr-defined]
+            "tokenizer": None if tokenizer is None else tokenizer.state(),
             "recipe_sha256": recipe_digest(self.parts.recipe),
             "plan": plan_of(self.surgery, self.parts.recipe),
             "census": json.loads(census.read_text(encoding="utf-8")) if census.is_file() else None,

@@ -19,6 +19,7 @@ from .module import QuantizedTransformer
 from .processes import summed
 from .settings import SampleSettings
 
+NO_TOKENIZER = "the data name no tokenizer; give it with data.tokenizer=NAME"
 # The training loss reported is the mean over the last part of the run: a single step is noise.
 LAST_SHARE = 0.05
 
@@ -65,7 +66,7 @@ def summarize(
     rows: Sequence[Mapping[str, Any]],
     *,
     data: Mapping[str, Any],
-    tokens_per_byte: float,
+    tokens_per_byte: float | None,
     trigram: float | None,
     reference: ReferenceRun | None,
     state_bytes: Mapping[str, int] | None,
@@ -75,6 +76,7 @@ def summarize(
     """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token. state_bytes: from
     ``optimizer_state_bytes``."""
     train = [r for r in rows if r["kind"] == "train"]
+    last_val: Mapping[str, Any] = next((r for r in reversed(rows) if r["kind"] == "val"), {})
     last = train[-max(1, round(LAST_SHARE * len(train))) :]
     val, train_loss = module.val_loss, statistics.fmean(r["loss"] for r in last)
     return {
@@ -84,6 +86,9 @@ def summarize(
         "train_bits_per_byte": bits_per_byte(train_loss, tokens_per_byte),
         "val_loss": val,
         "val_bits_per_byte": bits_per_byte(val, tokens_per_byte),
+        "val_losses": {
+            k.removeprefix("val_loss/"): v for k, v in last_val.items() if k.startswith("val_loss/")
+        },
         "trigram_loss": trigram,
         "baseline": None if reference is None else reference.label,
         "baseline_val_loss": None if reference is None else reference.val_loss,
@@ -118,17 +123,25 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+def _loss(nats: float, bits: float | None) -> str:
+    per_byte = "bits/byte unknown (no tokenizer)" if bits is None else f"{bits:.4f} bits/byte"
+    return f"{nats:.4f} nats/token   {per_byte}"
+
+
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of every row of the final table, from ``summary.json`` alone."""
     rows = [
         (
             "training loss",
-            f"{summary['train_loss']:.4f} nats/token   {summary['train_bits_per_byte']:.4f} bits/byte",
+            _loss(summary["train_loss"], summary["train_bits_per_byte"]),
         ),
         (
             "validation loss",
-            f"{summary['val_loss']:.4f} nats/token   {summary['val_bits_per_byte']:.4f} bits/byte",
+            _loss(summary["val_loss"], summary["val_bits_per_byte"]),
         ),
+    ]
+    rows += [
+        (f"validation, {name}", f"{loss:.4f} nats/token") for name, loss in summary["val_losses"].items()
     ]
     if summary["trigram_loss"] is not None:
         better = summary["trigram_loss"] - summary["val_loss"]

@@ -118,7 +118,7 @@ def _other_run(
     saved: Mapping[str, Any], checkpoint: Path, parts: Assembly, data: Mapping[str, Any]
 ) -> str | None:
     """A sentence where the checkpoint is of another run."""
-    different = differences(saved, parts.config, parts.recipe, data)
+    different = differences(saved, parts.config, parts.model_config, parts.recipe, data)
     return f"the checkpoint {checkpoint} is of another run ({'; '.join(different)})" if different else None
 
 

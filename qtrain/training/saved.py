@@ -64,12 +64,12 @@ def saved_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class TrainedRun:
     """A checkpoint with what is needed to use it. ``path``: its folder. ``parts``: the run's, or with what the
-    caller changed. ``tokenizer``: the run's own, from the checkpoint."""
+    caller changed. ``tokenizer``: the run's own, from the checkpoint; None where its data named none."""
 
     path: Path
     parts: Assembly
     checkpoint: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
     @property
     def folder(self) -> Path:
@@ -94,7 +94,8 @@ def trained_run(path: Path, changes: Mapping[str, Any]) -> TrainedRun:
     Raises ValueError as ``read_checkpoint`` and ``assemble`` do."""
     checkpoint = read_checkpoint(path)
     config = {**saved_config(checkpoint), **changes, "compile": False}
-    tokenizer = tokenizer_from_state(checkpoint["qtrain"]["tokenizer"])
+    state, spec = checkpoint["qtrain"]["tokenizer"], config["data"].get("tokenizer")
+    tokenizer = None if state is None else tokenizer_from_state(state)
     # What the configuration names may not be here. A training is all there in its numbers, and prepared data are found by it
-    named = None if is_training(config["data"]["tokenizer"]) else tokenizer
+    named = None if spec is not None and is_training(spec) else tokenizer
     return TrainedRun(path, assemble(config, named), checkpoint, tokenizer)

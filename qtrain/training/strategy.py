@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from qtrain.nn.surgery import linear_layers
+from qtrain.nn.inventory import linear_layers
 
 from . import processes
 from .processes import ProcessSettings

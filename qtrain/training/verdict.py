@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Verdict:
     """outcome: ``completed``, ``interrupted`` (by ``signal``; it can be resumed), ``non_finite``, ``census_failed``,
-    ``storage_failed`` or ``data_changed``. step: the optimizer step (from 1) that it
+    ``storage_failed``, ``data_changed`` or ``data_unavailable``. step: the optimizer step (from 1) that it
     concerns, the last one of a completed run. message: a sentence for people. quantity, value: what was not
     finite. parameter: the first, in the model's order, whose gradient is not finite; parameters: how many."""
 

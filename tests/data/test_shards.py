@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qtrain.data import shards as shards_module
+from qtrain.data import checked_file
 from qtrain.data.shards import ShardError, TokenShards, token_dtype, write_shards
 from qtrain.data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -173,13 +173,13 @@ def settled(running, monkeypatch):
         )
         shards = TokenShards.open(folder)
     time.sleep(0.02)  # past the tick of a coarse clock
-    sha256 = shards_module._ShardFile._sha256
+    sha256 = checked_file.CheckedFile._sha256
 
     def counted(file, handle):
         hashed.append(file.path.name)
         return sha256(file, handle)
 
-    monkeypatch.setattr(shards_module._ShardFile, "_sha256", counted)
+    monkeypatch.setattr(checked_file.CheckedFile, "_sha256", counted)
     return shards, folder, hashed
 
 

@@ -9,20 +9,29 @@ from torch.utils.data import DataLoader
 
 from qtrain.data.shards import ShardSplit, TokenShards, write_shards
 from qtrain.data.stream import GlobalBatchSampler, Permutation, TokenWindows, ValidationWindows, mix_words
+from qtrain.data.tokenizers import Tokenizer
 
 
-class CountingTokenizer:
+class CountingTokenizer(Tokenizer):
     """Text "n" becomes the ids 0..n-1, so that a token is its own position."""
 
-    name = "counting"
-    vocab_size = 1 << 20
-    eot_token = (1 << 20) - 1
+    kind = "counting"
 
-    def encode(self, text):
-        return np.arange(int(text))
+    def __init__(self):
+        super().__init__("counting", 1 << 20, (1 << 20) - 1)
 
-    def decode(self, ids):
-        raise NotImplementedError
+    def encode_batch(self, texts):
+        return [np.arange(int(text)) for text in texts]
+
+    def _text(self, ids):
+        return str(len(ids))
+
+    def files(self):
+        return {}
+
+    @classmethod
+    def from_files(cls, about, files):
+        return cls()
 
 
 def make_split(folder, tokens: int, shard_tokens: int = 100) -> ShardSplit:

@@ -11,7 +11,12 @@ import transformers
 from hf_cases import CASES, theirs, tokens
 from safetensors.torch import load_file, save_file
 
-from qtrain.models import hf_config, hf_folder
+from qtrain.models import hf_config, hf_folder, hf_weights
+
+
+def written(config, state, folder, eot_token=None, **more):
+    theirs = hf_config.to_huggingface(config, eot_token=eot_token)
+    hf_folder.write_folder(theirs, hf_weights.to_huggingface(config, state), folder, **more)
 
 
 def saved(case, folder, **more):
@@ -40,7 +45,7 @@ def test_what_we_write_they_load(case, tmp_path):
     hf = saved(case, tmp_path / "model")
     config = hf_config.from_huggingface(hf.config)
     ours = replace(config, init_from=str(tmp_path / "model")).build(seed=0)
-    hf_folder.write_folder(config, ours.state_dict(), tmp_path / "out", eot_token=36)
+    written(config, ours.state_dict(), tmp_path / "out", eot_token=36)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again) is type(hf)
     for (name, one), (other, two) in zip(again.named_parameters(), hf.named_parameters(), strict=True):
@@ -57,7 +62,7 @@ def test_what_we_write_they_load(case, tmp_path):
 def test_older_readers_find_the_rotary_base(tmp_path):
     """transformers 4 knows no rope_parameters, and would take 10,000."""
     config = hf_config.from_huggingface(theirs("llama 3").config)
-    hf_folder.write_folder(config, config.build(seed=0).state_dict(), tmp_path / "out")
+    written(config, config.build(seed=0).state_dict(), tmp_path / "out")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["rope_theta"] == 5e5
     assert values["rope_scaling"]["rope_type"] == "llama3"
@@ -163,9 +168,9 @@ def test_nothing_half_written_is_left(tmp_path):
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        hf_folder.write_folder(config, state, tmp_path / "out", more=fail)
+        written(config, state, tmp_path / "out", more=fail)
     assert list(tmp_path.iterdir()) == []
-    hf_folder.write_folder(config, state, tmp_path / "out")
+    written(config, state, tmp_path / "out")
     with pytest.raises(ValueError, match="out exists; name a folder that does not"):
-        hf_folder.write_folder(config, state, tmp_path / "out")
+        written(config, state, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

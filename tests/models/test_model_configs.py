@@ -1,9 +1,11 @@
 """Every configs/model/FAMILY_SIZE.yaml of ours builds a model of the size it is named after."""
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -23,7 +25,10 @@ def named_size(stem: str) -> tuple[float, float]:
 
 
 def config_of(stem: str) -> DecoderConfig:
-    return instantiate(OmegaConf.load(FOLDER / f"{stem}.yaml"))
+    with initialize_config_dir(str(FOLDER.parent), version_base="1.3"):
+        cfg = compose("bench", [f"model={stem}"]).model
+    more = {"vocab_size": 257} if cfg.vocab_size is None else {}  # left to the tokenizer: bytes
+    return instantiate(cfg, **more, _convert_="all")
 
 
 def parameters_of(stem: str) -> int:
@@ -54,6 +59,15 @@ def test_small_ones_run(name):
         logits.flatten(0, 1), torch.randint(0, 257, (logits[..., 0].numel(),))
     )
     assert abs(loss.item() - 5.55) < 0.1  # ln 257: an untrained model knows nothing
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_the_base_names_every_option_at_its_default(family):
+    base = OmegaConf.to_container(OmegaConf.load(FOLDER / "base" / f"{family}.yaml"))
+    config = config_of(f"{family}_1m")
+    optional = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    assert base.pop("_target_") == f"{type(config).__module__}.{type(config).__name__}"
+    assert base == optional
 
 
 def test_the_known_ones_are_exact():

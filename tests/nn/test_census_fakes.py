@@ -14,7 +14,7 @@ from census_models import assert_fails, census_of, gpt, loss_of
 from layer_recipes import LAYERS
 from torch import Tensor, nn
 
-import qtrain.nn.linear as carrier
+import qtrain.nn.simulated as carrier
 from qtrain.nn import Census, Clock, QuantizedLinear, apply_recipe, take_census
 from qtrain.nn.gemm import GemmOperand
 from qtrain.quant import LinearRecipe, ModelRecipe, Quantized, QuantSpec, Rule, quantize_values
@@ -23,7 +23,9 @@ from qtrain.quant import LinearRecipe, ModelRecipe, Quantized, QuantSpec, Rule, 
 def test_a_bf16_matmul_of_the_unquantized_tensors_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, counters and quantizers stay; only what is multiplied is not what was quantized."""
     monkeypatch.setattr(
-        carrier._Gemms, "_entered", lambda self, view, q, operand: GemmOperand(view.to(self.dtype), None)
+        carrier.SimulatedGemms,
+        "_entered",
+        lambda self, view, q, operand: GemmOperand(view.to(self.dtype), None),
     )
     recipe = {"fprop": LAYERS["int8_reused"]["fprop"]}
     for dtype in ("bf16", "fp32"):
@@ -33,7 +35,7 @@ def test_a_bf16_matmul_of_the_unquantized_tensors_fails(monkeypatch: pytest.Monk
 def _decoy(monkeypatch: pytest.MonkeyPatch, beside: Callable[..., Tensor]) -> None:
     right = carrier.quantized_gemm
     raw: list[Tensor] = []
-    enter = carrier._Gemms._entered
+    enter = carrier.SimulatedGemms._entered
 
     def entered(self: Any, view: Tensor, q: Quantized | None, operand: str) -> GemmOperand:
         raw.append(view)
@@ -43,7 +45,7 @@ def _decoy(monkeypatch: pytest.MonkeyPatch, beside: Callable[..., Tensor]) -> No
         y = right(a, b, out_dtype, bias)
         return beside(raw[-2:], a, b, y, bias)
 
-    monkeypatch.setattr(carrier._Gemms, "_entered", entered)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_entered", entered)
     monkeypatch.setattr(carrier, "quantized_gemm", fake)
 
 
@@ -67,8 +69,8 @@ def test_the_right_product_beside_the_real_one_fails(monkeypatch, name: str, dty
 
 
 def test_identity_as_the_quantizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
-        q = quantize_values(x, spec, noise)
+    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None, given: Any = None) -> Quantized:
+        q = quantize_values(x, spec, noise, given)
         return q._replace(values=x.float() / spec.blocks.expand(q.scale, tuple(x.shape)))
 
     monkeypatch.setattr(carrier, "quantize_values", identity)
@@ -80,8 +82,8 @@ def test_an_algebra_that_does_not_quantize_fails_by_its_distinct_values(monkeypa
     """The oracle shares the algebra; that a b-bit operand has 2^b values under one scale, it does not."""
     from qtrain.nn import oracle
 
-    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None) -> Quantized:
-        q = quantize_values(x, spec, noise)
+    def identity(x: Tensor, spec: QuantSpec, noise: Tensor | None = None, given: Any = None) -> Quantized:
+        q = quantize_values(x, spec, noise, given)
         return q._replace(values=x.float() / spec.blocks.expand(q.scale, tuple(x.shape)))
 
     monkeypatch.setattr(carrier, "quantize_values", identity)
@@ -175,7 +177,7 @@ def test_a_wrong_group_scale_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("gemm", ["dgrad", "wgrad"])
 def test_an_unquantized_gradient_fails(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
-    right = carrier._Gemms._quantized
+    right = carrier.SimulatedGemms._quantized
 
     def fake(self: Any, view: Tensor, operand: str, **kwargs: Any) -> Quantized | None:
         q = right(self, view, operand, **kwargs)
@@ -183,23 +185,23 @@ def test_an_unquantized_gradient_fails(monkeypatch: pytest.MonkeyPatch, gemm: st
             return q
         return q._replace(values=view.float() / q.scale)
 
-    monkeypatch.setattr(carrier._Gemms, "_quantized", fake)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_quantized", fake)
     assert_fails(census_of("int8_reused"), name=f"{gemm}.grad_output", text="too good")
 
 
 @pytest.mark.parametrize("gemm", ["dgrad", "wgrad"])
 def test_a_backward_gemm_in_high_precision_fails(monkeypatch: pytest.MonkeyPatch, gemm: str) -> None:
-    right = getattr(carrier._Gemms, gemm)
+    right = getattr(carrier.SimulatedGemms, gemm)
 
-    def dgrad(self: Any, g: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def dgrad(self: Any, g: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, None]:
         right(self, g, weight, *rest)
-        return g @ weight.to(g.dtype)
+        return g @ weight.to(g.dtype), None
 
-    def wgrad(self: Any, g: Tensor, kept: list[Any], *rest: Any) -> Tensor:
+    def wgrad(self: Any, g: Tensor, kept: list[Any], *rest: Any) -> tuple[Tensor, None]:
         right(self, g, kept, *rest)
-        return g.t() @ kept[0].to(g.dtype)
+        return g.t() @ kept[0].to(g.dtype), None
 
-    monkeypatch.setattr(carrier._Gemms, gemm, dgrad if gemm == "dgrad" else wgrad)
+    monkeypatch.setattr(carrier.SimulatedGemms, gemm, dgrad if gemm == "dgrad" else wgrad)
     for dtype in ("bf16", "fp32"):
         assert_fails(census_of("int8_reused", dtype))
         assert_fails(census_of("int8_reused", dtype, tie_embeddings=True))
@@ -275,35 +277,35 @@ def test_a_mask_of_one_in_two_hundred_that_is_dropped_fails(monkeypatch: pytest.
 
 
 def test_a_mask_in_the_wrong_basis_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(self: Any, d: Tensor, bits: Tensor | None, *, rotated: bool) -> Tensor:
+    def fake(self: Any, d: Tensor, bits: Tensor | None, *_: Any, rotated: bool) -> tuple[Tensor, None]:
         transform = self.recipe.fprop.transform
-        return carrier._masked(transform.inverse(d) if rotated else d, bits)
+        return carrier._masked(transform.inverse(d) if rotated else d, bits), None
 
-    monkeypatch.setattr(carrier._Gemms, "_to_parameter_basis", fake)
+    monkeypatch.setattr(carrier.SimulatedGemms, "_to_parameter_basis", fake)
     for name in ("quest", "quest_high_precision_backward"):
         assert_fails(census_of(name), name="dx", text="do not follow")
 
 
 def test_a_layer_that_gives_no_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = carrier._QuantizedLinear.backward
+    right = carrier.SimulatedLinear.backward
     for lost, text in ((0, "no dx was given out"), (1, "no dW was given out"), (2, "no db was given out")):
         with monkeypatch.context() as patched:
 
             def backward(ctx: Any, *grads: Tensor, lost: int = lost) -> tuple[Any, ...]:
                 return tuple(None if i == lost else d for i, d in enumerate(right(ctx, *grads)))
 
-            patched.setattr(carrier._QuantizedLinear, "backward", staticmethod(backward))
+            patched.setattr(carrier.SimulatedLinear, "backward", staticmethod(backward))
             assert_fails(census_of("int8_reused"), text=text)
 
 
 @pytest.mark.parametrize(("which", "name"), [(0, "dx"), (1, "dW"), (2, "db")])
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, which: int, name: str) -> None:
-    right = carrier._QuantizedLinear.backward
+    right = carrier.SimulatedLinear.backward
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return tuple(d if i != which or d is None else d * 1.02 for i, d in enumerate(right(ctx, *grads)))
 
-    monkeypatch.setattr(carrier._QuantizedLinear, "backward", staticmethod(backward))
+    monkeypatch.setattr(carrier.SimulatedLinear, "backward", staticmethod(backward))
     assert_fails(census_of("int8_reused"), name=name)
 
 

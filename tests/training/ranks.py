@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from qtrain.training.assembly import Assembly, assemble
 from qtrain.training.checkpoints import checkpoint_name
-from qtrain.training.datamodule import WindowsDataModule, open_shards
+from qtrain.training.datamodule import WindowsDataModule, open_corpus
 from qtrain.training.fit import _training_trainer, train
 from qtrain.training.module import QuantizedTransformer
 from qtrain.training.processes import connected, rank
@@ -46,7 +46,7 @@ class GradientSyncs(Callback):
 
 def reload(parts: Assembly, checkpoint: str, out: str) -> None:
     """Takes over a checkpoint, trains no step, saves it again, and evaluates: ``step-NNNNNN`` and ``windows.json``."""
-    module, data = QuantizedTransformer(parts), WindowsDataModule(parts, open_shards(parts))
+    module, data = QuantizedTransformer(parts), WindowsDataModule(parts, open_corpus(parts))
     trainer = _training_trainer(parts, Path(out), None, [])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(Path(out) / checkpoint_name(trainer.global_step))

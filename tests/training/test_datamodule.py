@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from qtrain.data.shards import ShardError
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.checkpoint import Checkpoints
-from qtrain.training.datamodule import StreamLoader, WindowsDataModule, _WholeRun, open_shards
+from qtrain.training.datamodule import StreamLoader, WindowsDataModule, _WholeRun, open_corpus
 from qtrain.training.fit import make_trainer
 from qtrain.training.module import QuantizedTransformer
 from qtrain.training.verdict import RunStopped
@@ -35,7 +35,7 @@ def test_the_stream_goes_on_over_any_number_of_processes(configure, tmp_path, se
     """Each segment has other processes and micro-batches, and takes its position from the last one's checkpoint."""
     draw, total, batch = random.Random(seed), 40, 12
     parts = assemble(configure(tmp_path, f"seed={seed}", "sequence_tokens=128"))
-    windows = WindowsDataModule(parts, open_shards(parts)).train_windows()
+    windows = WindowsDataModule(parts, open_corpus(parts)).train_windows()
     assert windows.windows_per_epoch < total * batch / 2  # more than two epochs
     at, state, rows = [0], None, []
     while at[0] < total:
@@ -60,7 +60,7 @@ def test_the_stream_goes_on_over_any_number_of_processes(configure, tmp_path, se
 
 def test_a_position_within_a_step_is_refused(configure, tmp_path):
     parts = assemble(configure(tmp_path))
-    windows = WindowsDataModule(parts, open_shards(parts)).train_windows()
+    windows = WindowsDataModule(parts, open_corpus(parts)).train_windows()
     sizes = {"global_batch": 4, "micro_batch": 4, "world_size": 1}
     (loader,) = loaders(windows, sizes, 10, lambda: 0)
     for sample in (6, 44):
@@ -85,14 +85,14 @@ def trained(configure, tmp_path, do):
     """Four steps with a checkpoint after each, ``do(folder of the shards)`` after the second.
     Returns a call that trains, and the folder of the checkpoints."""
     parts = assemble(configure(tmp_path, f"data.folder={tmp_path / 'shards'}", "recipe=none"))
-    data = WindowsDataModule(parts, open_shards(parts))
+    data = WindowsDataModule(parts, open_corpus(parts))
     trainer = make_trainer(
         parts,
         tmp_path,
         max_steps=4,
         max_epochs=-1,
         limit_val_batches=0,
-        callbacks=[At(lambda: do(data.shards.directory)), Checkpoints(1, keep=None)],
+        callbacks=[At(lambda: do(data.corpus.shards.directory)), Checkpoints(1, keep=None)],
     )
     return lambda: trainer.fit(QuantizedTransformer(parts), data), tmp_path / "checkpoints"
 

@@ -11,11 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from qtrain.data.tokenizers import get_tokenizer
 from qtrain.models.protocol import ModelConfig
 from qtrain.training.assembly import assemble
 from qtrain.training.checkpoints import checkpoint_name
 from qtrain.training.evaluation import evaluate
 from qtrain.training.fit import train
+from qtrain.training.identity import differences, recipe_digest
 from qtrain.training.processes import ProcessSettings, connected
 from qtrain.training.saved import TrainedRun, read_checkpoint
 from qtrain.training.strategy import compile_for, shard
@@ -86,7 +88,7 @@ def test_it_trains_resumes_samples_and_is_evaluated(configure, tmp_path):
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, weight in one["state_dict"].items():
         assert torch.equal(weight, two["state_dict"][name]), name
-    result = evaluate(TrainedRun(last, parts_of(configure, tmp_path), one))
+    result = evaluate(TrainedRun(last, parts_of(configure, tmp_path), one, get_tokenizer("byte")))
     assert MeanConfig.builds == [True, False, False]
     assert abs(result.numbers["val_loss"] - 5.55) < 1.0
 
@@ -122,3 +124,30 @@ def test_what_builds_no_model_is_refused(configure, tmp_path):
 def test_a_vocabulary_left_open_is_the_tokenizers(configure, tmp_path):
     assert assemble(configure(tmp_path, "model.vocab_size=null")).model_config.vocab_size == 257
     assert assemble(configure(tmp_path, "model.vocab_size=300")).model_config.vocab_size == 300
+
+
+def test_a_continuation_may_write_a_models_defaults_out(configure, tmp_path):
+    """A checkpoint of before an option existed is of the same run as a config that gives the option's default."""
+    config = configure(tmp_path)
+    parts = assemble(config)
+    saved = {
+        "hyper_parameters": {"config": {**config, "model": dict(config["model"])}},
+        "qtrain": {
+            "recipe_sha256": recipe_digest(parts.recipe),
+            "data": dict.fromkeys(("shards", "tokenizer_digest", "sequence_tokens"), 1),
+        },
+    }
+
+    def found(change):
+        saved["hyper_parameters"]["config"]["model"] = change(dict(config["model"]))
+        return differences(saved, config, parts.model_config, parts.recipe, saved["qtrain"]["data"])
+
+    assert found(lambda model: model) == []
+    assert found(lambda model: {k: v for k, v in model.items() if k not in ("init_std", "init_from")}) == []
+    assert found(lambda model: {**model, "vocab_size": 257}) == []  # the tokenizer's, written out
+    assert found(lambda model: {**model, "vocab_size": 300})[0].startswith("model: ")
+    assert found(lambda model: {k: v for k, v in model.items() if k != "positions"})[0].startswith("model: ")
+    assert found(lambda model: {**model, "bias": True})[0].startswith("model: ")
+    assert found(lambda model: {**model, "_target_": "qtrain.models.llama.LlamaConfig"})[0].startswith(
+        "model: "
+    )

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from qtrain.training.assembly import assemble
-from qtrain.training.datamodule import WindowsDataModule, open_shards
+from qtrain.training.datamodule import WindowsDataModule, open_corpus
 from qtrain.training.fit import make_trainer
 from qtrain.training.module import QuantizedTransformer
 
@@ -26,7 +26,7 @@ def first_gradient(config, steps=1):
     """(gradient before clipping, after, module) of one step."""
     parts = assemble(config)
     data, module, seen = (
-        WindowsDataModule(parts, open_shards(parts)),
+        WindowsDataModule(parts, open_corpus(parts)),
         QuantizedTransformer(parts),
         Gradients(),
     )
@@ -72,7 +72,7 @@ def test_other_bits_are_farther_apart_than_other_cuts(configure, tmp_path):
     config = configure(tmp_path, *knobs)
     parts = assemble(config)
     data, module, seen = (
-        WindowsDataModule(parts, open_shards(parts)),
+        WindowsDataModule(parts, open_corpus(parts)),
         QuantizedTransformer(parts),
         Gradients(),
     )

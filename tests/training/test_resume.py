@@ -24,7 +24,7 @@ from .same_run import assert_same, curve, state
 
 # Everything that could depend on what ran before
 HISTORY = [
-    "recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "+model.dropout=0.1", "micro_batch_sequences=2",
+    "recipe=qpt", "w=int8_row_sr", "a=int8_row_sr", "g=int8_column_sr", "model.dropout=0.1", "micro_batch_sequences=2",
     "activation_checkpointing=true", "schedule=cosine", "schedule.warmup_steps=2",
 ]  # fmt: skip
 NO_CENSUS = "~callbacks.census"

@@ -56,10 +56,10 @@ RECIPES = {
         "w=int8_row_sr",
         "a=int8_row_sr",
         "g=int8_row_sr",
-        "+model.dropout=0.1",
+        "model.dropout=0.1",
     ],
     # Tied: 257 rows, over 4 processes 65, 65, 65 and 62
-    "qpt": ["recipe=qpt", "+model.tie_embeddings=true", "checkpoint_every_steps=2", "~callbacks.census"],
+    "qpt": ["recipe=qpt", "model.tie_embeddings=true", "checkpoint_every_steps=2", "~callbacks.census"],
 }
 RESUMED = [("fsdp2", 2), ("ddp", 4)]
 PLACES = [(strategy, world) for world in (2, 4) for strategy in ("ddp", "fsdp2")]

@@ -5,7 +5,7 @@ yields. Preparation streams over a source several times and never holds it in me
 same code.
 """
 
-from .base import Document, FileSource, TextSource, fingerprint_documents
+from .base import Document, FileSource, NoFiles, SourceError, TextSource, fingerprint_documents
 from .huggingface import HuggingFaceSource
 from .jsonl import JsonLinesSource
 from .parquet import ParquetSource
@@ -16,7 +16,9 @@ __all__ = [
     "FileSource",
     "HuggingFaceSource",
     "JsonLinesSource",
+    "NoFiles",
     "ParquetSource",
+    "SourceError",
     "StdlibSource",
     "TextFilesSource",
     "TextSource",

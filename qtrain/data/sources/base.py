@@ -21,6 +21,14 @@ class Document:
     text: str
 
 
+class SourceError(ValueError):
+    """Text that is not where a source looks for it, or not what it is said to be."""
+
+
+class NoFiles(SourceError, FileNotFoundError):
+    """Nothing is there under the names that a source was given."""
+
+
 class TextSource(Protocol):
     """A finite sequence of documents in a deterministic order, never held in memory."""
 
@@ -53,7 +61,7 @@ def matching_files(
     paths: Sequence[str | Path], suffixes: Sequence[str], example: str
 ) -> list[tuple[str, Path]]:
     """(id, path) of files, of the files below folders that end in one of ``suffixes``, and of glob patterns, sorted by
-    id: the path relative to the deepest folder common to all. Raises FileNotFoundError where one of ``paths`` gives
+    id: the path relative to the deepest folder common to all. Raises NoFiles where one of ``paths`` gives
     nothing; example: a pattern, for its message.
     """
     found: set[Path] = set()
@@ -66,7 +74,7 @@ def matching_files(
         else:
             matches = {Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()}
         if not matches:
-            raise FileNotFoundError(
+            raise NoFiles(
                 f"no file matches {str(pattern)!r}; pass a file, a folder with {' or '.join(suffixes)} files, or a "
                 f"glob pattern such as '{example}'"
             )

@@ -13,7 +13,7 @@ from typing import Any
 from qtrain.data.cache import RememberedDigests
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document
+from .base import Document, SourceError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,7 +28,7 @@ class HuggingFaceSource:
     the network on every pass (two, or three with a BPE to train); false keeps a copy of the whole split in the library's
     own cache. max_documents: only the first so many rows.
 
-    Raises ValueError where the dataset, or its commit, cannot be found; ImportError without ``datasets``.
+    Raises SourceError where the dataset, or its commit, cannot be found; ImportError without ``datasets``.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HuggingFaceSource:
         try:
             return hub.HfApi().dataset_info(self.dataset, revision=self.revision).sha
         except Exception as error:  # requests', httpx's and the hub's own
-            raise ValueError(
+            raise SourceError(
                 f"the hub does not say which commit {self.revision or 'main'!r} of the dataset {self.dataset!r} is "
                 f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no answer'}); "
                 "check the name and the network, or pin revision=<the 40 digits of a commit>"
@@ -94,13 +94,13 @@ class HuggingFaceSource:
                 streaming=self.streaming,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(
+            raise SourceError(
                 f"the dataset {self.dataset!r} (config {self.config}, split {self.split!r}) cannot be loaded: "
                 f"{str(error).strip()}"
             ) from error
         names = found.column_names
         if names is not None and self.column not in names:
-            raise ValueError(
+            raise SourceError(
                 f"the dataset {self.dataset!r} has no column {self.column!r}; it has {', '.join(names)}"
             )
         return found
@@ -109,7 +109,7 @@ class HuggingFaceSource:
         skipped = []
         for number, row in enumerate(itertools.islice(self.load(), self.max_documents)):
             if self.column not in row:
-                raise ValueError(
+                raise SourceError(
                     f"row {number} of {self.dataset!r} has no column {self.column!r}; it has {', '.join(row)}"
                 )
             text = row[self.column]
@@ -118,7 +118,7 @@ class HuggingFaceSource:
             elif isinstance(text, str):
                 yield Document(f"{self.split}#{number}", text)
             else:
-                raise ValueError(
+                raise SourceError(
                     f"row {number} of {self.dataset!r}: the column {self.column!r} holds a {type(text).__name__}, no text"
                 )
         self.skipped = tuple(skipped)

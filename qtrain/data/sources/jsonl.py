@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document, FileSource, matching_files
+from .base import Document, FileSource, SourceError, matching_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BAD_LINES = ("error", "skip")
+# Of a compressed file, decoded at once
+_CHUNK_BYTES = 1 << 16
 
 
 class JsonLinesSource(FileSource):
     """paths: files, folders (their .jsonl, .jsonl.gz, .jsonl.zst) or glob patterns; compressed by their last suffix.
 
-    text_key: of each line's object, the key that holds the text. bad_lines: ``error`` raises ValueError at a line that
+    text_key: of each line's object, the key that holds the text. bad_lines: ``error`` raises SourceError at a line that
     is no JSON object with a text under that key, naming file and line; ``skip`` leaves it out and counts it in
     ``skipped``. Blank lines are no lines. A compressed file that is cut is an error either way.
     """
@@ -71,43 +71,54 @@ class JsonLinesSource(FileSource):
         return text
 
     def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
-        number = 0
-        with _opened(path) as file:
+        for number, line in _numbered_lines(path):
+            if not line.strip():
+                continue
             try:
-                for number, line in enumerate(file, start=1):
-                    if not line.strip():
-                        continue
-                    try:
-                        text = self._text(line)
-                    except ValueError as error:
-                        if self.bad_lines == "error":
-                            raise ValueError(
-                                f"{path}:{number}: {error}; mend the line, or leave such lines out with bad_lines=skip"
-                            ) from None
-                        skipped.append(f"{file_id}:{number}")
-                        continue
-                    yield Document(f"{file_id}:{number}", text)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{path}:{number + 1}: the compressed file is cut or damaged ({error})"
-                ) from error
+                text = self._text(line)
+            except ValueError as error:
+                if self.bad_lines == "error":
+                    raise SourceError(
+                        f"{path}:{number}: {error}; mend the line, or leave such lines out with bad_lines=skip"
+                    ) from None
+                skipped.append(f"{file_id}:{number}")
+            else:
+                yield Document(f"{file_id}:{number}", text)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The decompressed bytes, by lines."""
-    if path.suffix == ".zst":
-        library = optional_library("zstandard", needed_for=str(path))
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """From 1. Raises SourceError, naming the place, where a compressed file is cut or damaged."""
+    number = 0
+    try:
         with path.open("rb") as raw:
-            # A file may be several frames one after the other, as parallel compressors write it
-            reader = library.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            for number, line in enumerate(_lines(path, raw), start=1):
+                yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{path}:{number + 1}: the compressed file is cut or damaged ({error})") from error
+
+
+def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        return _zstandard_lines(path, raw)
+    return iter(gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else iter(raw)
+
+
+def _zstandard_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """A file may be several frames, as parallel compressors write it. The library's own reader takes the end of a file
+    within a frame for the end of the text, and would lose the rest without a word."""
+    library = optional_library("zstandard", needed_for=str(path))
+    frame, rest = None, b""
+    while chunk := raw.read(_CHUNK_BYTES):
+        while chunk:
+            frame = frame or library.ZstdDecompressor().decompressobj()
             try:
-                yield io.BufferedReader(reader)  # type: ignore[arg-type]
+                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
             except library.ZstdError as error:
                 raise EOFError(str(error)) from error
-    elif path.suffix == ".gz":
-        with gzip.open(path, "rb") as file:
-            yield file  # type: ignore[misc]
-    else:
-        with path.open("rb") as plain:
-            yield plain
+            yield from lines
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+    if rest:
+        yield rest

@@ -8,7 +8,7 @@ from typing import Any
 
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document, FileSource, matching_files
+from .base import Document, FileSource, SourceError, matching_files
 
 # Of a row group, which may be gigabytes, decoded at once
 _BATCH_ROWS = 1024
@@ -17,7 +17,7 @@ _BATCH_ROWS = 1024
 class ParquetSource(FileSource):
     """paths: files, folders (their .parquet) or glob patterns. column: of strings.
 
-    Rows without a text (null) are left out and counted in ``skipped``. Raises ValueError, naming the file, for one that
+    Rows without a text (null) are left out and counted in ``skipped``. Raises SourceError, naming the file, for one that
     is no parquet or lacks the column; ImportError without ``pyarrow``.
     """
 
@@ -50,12 +50,12 @@ class ParquetSource(FileSource):
                                 yield Document(f"{file_id}#{row}", text)
                             row += 1
         except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+            raise SourceError(f"{path} cannot be read as parquet: {error}") from error
 
     def _check_column(self, arrow: Any, schema: Any, path: Path) -> None:
         if self.column not in schema.names:
-            raise ValueError(f"{path} has no column {self.column!r}; it has {', '.join(schema.names)}")
+            raise SourceError(f"{path} has no column {self.column!r}; it has {', '.join(schema.names)}")
         kind = schema.field(self.column).type
         value = kind.value_type if arrow.types.is_dictionary(kind) else kind
         if not (arrow.types.is_string(value) or arrow.types.is_large_string(value)):
-            raise ValueError(f"{path}: the column {self.column!r} holds {kind}, no strings")
+            raise SourceError(f"{path}: the column {self.column!r} holds {kind}, no strings")

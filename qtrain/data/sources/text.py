@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import Document, FileSource, matching_files
+from .base import Document, FileSource, NoFiles, matching_files
 
 # Folders of the standard library's tree that hold no sources of their own.
 _NOT_SOURCES = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -58,7 +58,7 @@ class StdlibSource(_TextSource):
             if excluded.isdisjoint(relative.parts[:-1]) and path.is_file():
                 found.append((relative.as_posix(), path))
         if not found:
-            raise FileNotFoundError(
+            raise NoFiles(
                 f"no .py files of the standard library under {self.root}; this Python carries its library as a "
                 "zip or without sources: use TextFilesSource with files of your own"
             )

@@ -128,7 +128,7 @@ def save(trainer: Trainer) -> Path:
     altered = None
     if trainer.is_global_zero:
         try:
-            trainer.datamodule.shards.check_unchanged()  # type: ignore[attr-defined]
+            trainer.datamodule.corpus.check_unchanged()  # type: ignore[attr-defined]
         except ShardError as error:
             altered = str(error)
     altered = trainer.strategy.broadcast(altered)

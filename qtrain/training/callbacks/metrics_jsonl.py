@@ -1,7 +1,8 @@
 """metrics.jsonl: a line of JSON for every step and every validation, on disk as soon as it is known.
 
     {"kind": "train", "step", "tokens", "loss", "grad_norm", "clipped", "lr", "seconds", "tokens_per_s"}
-    {"kind": "val", "step", "tokens", "val_loss", "val_bits_per_byte", "seconds"}
+    {"kind": "val", "step", "tokens", "val_loss", "val_bits_per_byte", "seconds"}, of a mixture with "val_loss/PART";
+                                          without bits per byte where the data name no tokenizer
 
 Losses are nats per token, ``step`` counts optimizer steps from 1, ``seconds`` of training (of earlier attempts too), and
 ``tokens_per_s`` is that of the one step. Each line is flushed when it is written, so a killed run keeps all of
@@ -28,9 +29,9 @@ from .checkpoint import storage_verdict
 METRICS = "metrics.jsonl"
 
 
-def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
-    """nats per token * tokens per byte / ln 2."""
-    return nats_per_token * tokens_per_byte / math.log(2)
+def bits_per_byte(nats_per_token: float, tokens_per_byte: float | None) -> float | None:
+    """nats per token * tokens per byte / ln 2; None where the tokens per byte are not known."""
+    return None if tokens_per_byte is None else nats_per_token * tokens_per_byte / math.log(2)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -131,14 +132,16 @@ class MetricsJSONL(Callback):
         assert isinstance(pl_module, QuantizedTransformer)
         if self._file is None or trainer.sanity_checking:
             return
-        loss = pl_module.val_loss
-        per_byte = trainer.datamodule.shards.val.tokens_per_byte  # type: ignore[attr-defined]
+        loss, val = pl_module.val_loss, trainer.datamodule.val  # type: ignore[attr-defined]
+        bits = bits_per_byte(loss, val.tokens_per_byte)
+        parts = val.losses(pl_module.window_losses) if len(val.parts) > 1 else {}
         row = {
             "kind": "val",
             "step": trainer.global_step,
             "tokens": trainer.global_step * pl_module.settings.step_tokens,
             "val_loss": loss,
-            "val_bits_per_byte": bits_per_byte(loss, per_byte),
+            **({} if bits is None else {"val_bits_per_byte": bits}),
+            **{f"val_loss/{name}": mean for name, mean in parts.items()},
             "seconds": time.perf_counter() - self._begun,
         }
         self._write(trainer, row)

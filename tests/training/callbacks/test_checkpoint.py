@@ -196,8 +196,10 @@ def test_tokens_altered_after_the_last_checkpoint(whole, configure, tmp_path, mo
 
     def altered(self, module, data, **named):
         done = validate(self, module, data, **named)
-        data.shards.val.files[0]._stamp = None
-        data.shards.val.files[0].info = dataclasses.replace(data.shards.val.files[0].info, sha256="0" * 64)
+        data.corpus.shards.val.files[0]._stamp = None
+        data.corpus.shards.val.files[0].info = dataclasses.replace(
+            data.corpus.shards.val.files[0].info, sha256="0" * 64
+        )
         return done
 
     with monkeypatch.context() as patch:
