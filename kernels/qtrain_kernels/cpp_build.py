@@ -31,6 +31,7 @@ FLAGS = (
     *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")),
     "-mamx-tile",
     "-mamx-int8",
+    "-mavx512bf16",
 )
 
 
