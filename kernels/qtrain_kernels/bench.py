@@ -107,6 +107,7 @@ def measure(
     functions = contenders(op, inputs, rivals)
     want = op.reference(*workload.inputs(device))
     agrees = {name: agreement(function(), want) for name, function in functions.items()}
+    functions |= {name: make(inputs) for name, make in workload.rivals.items()}
     source = torch.ones(COPY_BYTES[device] // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     functions["copy"] = lambda: target.copy_(source)
@@ -187,15 +188,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| workload | contender | median ms | p20 | p80 | GB/s | % of copy | equal to reference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | contender | median ms | p20 | p80 | Gop/s | GB/s | % of copy | equal to reference |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         times = f"{r['median_ms']:.4f} | {r['p20_ms']:.4f} | {r['p80_ms']:.4f}"
         agrees = (
             "" if r["share_equal_to_reference"] is None else f"{100 * r['share_equal_to_reference']:.4f}%"
         )
-        speed = f"{r['gb_per_s']:.1f} | {r['percent_of_copy']:.1f}"
+        rate = "" if r["tflop_per_s"] is None else f"{1e3 * r['tflop_per_s']:.0f}"
+        speed = f"{rate} | {r['gb_per_s']:.1f} | {r['percent_of_copy']:.1f}"
         lines.append(f"| {r['workload']} | {r['contender']} | {times} | {speed} | {agrees} |")
     return "\n".join(lines)
 

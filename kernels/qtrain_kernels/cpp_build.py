@@ -31,6 +31,7 @@ FLAGS = (
     *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")),
     "-mamx-tile",
     "-mamx-int8",
+    "-mavx512bf16",
 )
 
 
@@ -77,6 +78,12 @@ def load_library() -> ctypes.CDLL:
         raise BuildError(f"{library}: {error}; QTRAIN_CACHE moves the folder") from error
 
 
+def _torch_openmp() -> list[str]:
+    """The OpenMP runtime that comes with torch, by whatever name: a second one would keep threads of its own, which wait
+    for work on the same cores. Where torch brings none, both use the system's."""
+    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]]
+
+
 class _locked:
     """An advisory lock, which the kernel gives up when its process dies."""
 
@@ -96,7 +103,8 @@ class _locked:
 def _compile(compiler: str, library: Path) -> None:
     print(f"qtrain: building its CPU kernels with {compiler}, once ({library})", file=sys.stderr, flush=True)
     temporary = library.with_name(f".{library.name}.{os.getpid()}.tmp")
-    command = [compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(temporary)]
+    sources = map(str, sorted(SOURCES.glob("*.cpp")))
+    command = [compiler, *FLAGS, *sources, *_torch_openmp(), "-o", str(temporary)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -24,7 +24,7 @@ VARIABLE = "QTRAIN_CPU_KERNELS"
 TIERS = ("amx", "avx512_vnni", "torch")
 # Flags of /proc/cpuinfo, which the kernel shows where the CPU has the instructions and the system saves their state
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-NEEDS = {"amx": _AVX512 | {"amx_tile", "amx_int8"}, "avx512_vnni": _AVX512}
+NEEDS = {"amx": _AVX512 | {"amx_tile", "amx_int8", "avx512_bf16"}, "avx512_vnni": _AVX512}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ M, N free indices, K contraction.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,27 @@ _CASES: dict[str, Callable[[], Inputs]] = {
 }  # fmt: skip
 
 
+def _rivals(device: str) -> dict[str, Callable[[tuple[Any, ...]], Callable[[], Any]]]:
+    """The same product in higher precisions, without scales, and on a CPU with torch's int8 GEMM."""
+
+    def plain(dtype: torch.dtype) -> Callable[[tuple[Any, ...]], Callable[[], Any]]:
+        def make(inputs: tuple[Any, ...]) -> Callable[[], Any]:
+            a, b = (codes.to(dtype) for codes in inputs[:2])
+            return lambda: a @ b.t()
+
+        return make
+
+    def with_torch(inputs: tuple[Any, ...]) -> Callable[[], Any]:
+        from qtrain_kernels.cpu_tier import Tier
+        from qtrain_kernels.int8_scaled_mm_cpu import launch
+
+        a, b, a_scale, b_scale, bias, dtype = inputs
+        return lambda: launch(a, b, a_scale, b_scale, bias, dtype, Tier("torch", "", None))
+
+    rivals = {"bf16 GEMM": plain(torch.bfloat16), "fp32 GEMM": plain(torch.float32)}
+    return rivals | ({"torch._int_mm": with_torch} if device == "cpu" else {})
+
+
 def _workloads(device: str) -> Sequence[Workload]:
     # T, I, O of the linear layers that the CPU path was designed on
     shapes = [(4096, 768, 3072), (4096, 384, 1536)] if device == "cpu" else [(8192, 4096, 4096)]
@@ -175,7 +197,11 @@ def _workloads(device: str) -> Sequence[Workload]:
             return a.to(on), b.to(on), a_scale.to(on), b_scale.to(on), bias, out
 
         return Workload(
-            f"{name}/{M}x{N}x{K}", inputs, bytes=M * K + N * K + M * N * dtype.itemsize, flops=2 * M * N * K
+            f"{name}/{M}x{N}x{K}",
+            inputs,
+            bytes=M * K + N * K + M * N * dtype.itemsize,
+            flops=2 * M * N * K,
+            rivals=_rivals(device),
         )
 
     return [

@@ -43,13 +43,15 @@ class Workload:
     """One timed problem of an op.
 
     ``inputs``: device -> the op's arguments. ``bytes``: the least traffic any kernel needs, each input read once
-    and each output written once. ``flops``: multiply and add counted apart, 0 for a memory-bound op.
+    and each output written once. ``flops``: multiply and add counted apart, 0 for a memory-bound op. ``rivals``: what
+    is timed beside the op though it computes something else (a GEMM in another precision): inputs -> what is called.
     """
 
     name: str
     inputs: Callable[[str], tuple[Any, ...]]
     bytes: int
     flops: int = 0
+    rivals: Mapping[str, Callable[[tuple[Any, ...]], Callable[[], Any]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

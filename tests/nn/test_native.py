@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import equations
 import pytest
 import torch
@@ -230,3 +235,52 @@ def test_auto_is_native_where_kernels_were_built(monkeypatch: pytest.MonkeyPatch
     assert report.compute == "native, int8 on amx"
     assert report.layers[0].native
     assert "native" in str(model[0])
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from qtrain.models.gpt import GPT, GPTConfig
+from qtrain.nn import apply_recipe
+from qtrain.quant import ModelRecipe
+
+sr = "int8_row_sr"
+linear = {"fprop": {"input": sr, "weight": sr}, "dgrad": {"grad_output": sr, "weight": "fprop"},
+          "wgrad": {"grad_output": sr, "input": "fprop"}, "saved": "quantized"}
+model = GPT(GPTConfig(vocab_size=61, sequence_tokens=16, layers=1, heads=2, width=32), seed=1)
+report = apply_recipe(model, ModelRecipe(linear=linear, compute="native"), seed=5)
+tokens = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(1))
+world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+if world > 1:
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(model)
+for micro in range(rank, 2, world):  # two micro-batches, by one process or by two
+    report.clock.set(step=3, token_offset=32 * micro)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens[2 * micro : 2 * micro + 2, :-1])
+    targets = tokens[2 * micro : 2 * micro + 2, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
+    (loss if world > 1 else loss / 2).backward()
+if rank == 0:
+    torch.save({n.removeprefix("module."): p.grad for n, p in model.named_parameters()}, sys.argv[1])
+"""
+
+
+def test_ddp_on_gloo_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
+    port = str(29500 + os.getpid() % 2000)
+    found = []
+    for world in (1, 2):
+        path = tmp_path / f"{world}.pt"
+        words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(path)], env=os.environ | words | {"RANK": str(r)}
+            )
+            for r in range(world)
+        ]
+        assert [process.wait(timeout=300) for process in ranks] == [0] * world
+        found.append(torch.load(path))
+    one, two = found
+    assert one.keys() == two.keys()
+    for name, grad in one.items():
+        assert torch.allclose(grad, two[name], rtol=1e-6, atol=1e-9), name

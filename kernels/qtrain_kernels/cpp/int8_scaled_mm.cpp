@@ -63,15 +63,19 @@ void pack_panel(const Operands& o, long p, uint8_t* panel, int flip) {
   }
 }
 
-// Sums of one row and 16 columns -> y.
-template <class Out>
-inline void finish(const Operands& o, __m512i sums, long m, long n, Out* y) {
-  __mmask16 lanes = lanes16(o.N - n);
-  __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(o.a_scale[m]));
-  v = _mm512_mul_ps(v, load(o.b_scale + n, lanes));
-  if (o.bias) v = _mm512_add_ps(v, load(o.bias + n, lanes));
-  store(y + m * o.N + n, lanes, v);
-}
+// The epilogue of 16 columns of y: the same for all rows, so that it is loaded once for many.
+struct Columns {
+  __mmask16 lanes;
+  bool biased;
+  __m512 scale, bias;
+  Columns(const Operands& o, long n) : lanes(lanes16(o.N - n)), biased(o.bias != nullptr), scale(load(o.b_scale + n, lanes)) {
+    bias = biased ? load(o.bias + n, lanes) : _mm512_setzero_ps();
+  }
+  __m512 finish(__m512i sums, float a_scale) const {
+    __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(a_scale)), scale);
+    return biased ? _mm512_add_ps(v, bias) : v;
+  }
+};
 
 // A chunk of a as a kernel reads it: whole blocks of rows and whole lines of K, zeros where there is nothing. A copy,
 // since rows whose distance is a multiple of 4096 bytes would fight for one set of L1.
@@ -140,7 +144,11 @@ struct Vnni {
     each<BLOCK_M>([&](auto r) {
       if (i + r >= c.count) return;
       __m512i flipped = _mm512_set1_epi32(c.row_sums[i + r]);
-      each<NV>([&](auto j) { finish(o, _mm512_sub_epi32(sums[r][j], flipped), c.first + i + r, n + 16 * j, y); });
+      each<NV>([&](auto j) {
+        Columns columns(o, n + 16 * j);
+        __m512 v = columns.finish(_mm512_sub_epi32(sums[r][j], flipped), o.a_scale[c.first + i + r]);
+        store(y + (c.first + i + r) * o.N + n + 16 * j, columns.lanes, v);
+      });
     });
   }
 
@@ -198,9 +206,13 @@ struct Amx {
       _tile_stored(2, sums + 16 * 32, 128);
       _tile_stored(3, sums + 16 * 32 + 16, 128);
       if (to < padded(o.K)) continue;
-      for (long row = 0; row < BLOCK_M && i + row < c.count; row++)
-        for (long j = 0; j < panels; j++)
-          finish(o, _mm512_load_si512(sums + 32 * row + 16 * j), c.first + i + row, n + 16 * j, y);
+      for (long j = 0; j < panels; j++) {
+        const Columns columns(o, n + 16 * j);
+        for (long row = 0; row < BLOCK_M && i + row < c.count; row++) {
+          __m512 v = columns.finish(_mm512_load_si512(sums + 32 * row + 16 * j), o.a_scale[c.first + i + row]);
+          store_amx(y + (c.first + i + row) * o.N + n + 16 * j, columns.lanes, v);
+        }
+      }
     }
   }
 };
@@ -222,7 +234,7 @@ int multiply(const Operands& o, Out* y, int threads) {
     uint8_t* memory = (uint8_t*)chunk_memory.get(chunk_bytes<Kernel>(o.K, rows));
     failed = memory == nullptr;
     Kernel::begin();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (long m = 0; m < o.M; m += rows) {
       if (failed) continue;
       Chunk chunk = copy_chunk<Kernel>(o, m, std::min(rows, o.M - m), memory);

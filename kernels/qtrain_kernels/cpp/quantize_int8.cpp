@@ -107,53 +107,62 @@ struct Quantizer {
     }
   }
 
-  // The codes of rows [r, r + 64) and columns [c, c + 64).
+  // The codes of rows [r, r + 64) and columns [c, c + 64). Everything is copied out of *this first: codes are stored as
+  // bytes, after which a compiler has to read members again. Without a fold the factor is one, which changes nothing.
+  template <bool ROWS, bool COLUMNS, bool STOCHASTIC>
   void tile(long r, long c) const {
     alignas(64) __m512i words[4][16];  // [16 columns each][4 rows each]: words of four rows' codes a column
-    const __m512i byte = _mm512_set1_epi32(255);
-    for (int quad = 0; quad < 16; quad++)
-      for (int group = 0; group < 4; group++) {
-        long column = c + 16 * group;
-        __mmask16 lanes = lanes16(C - column);
-        __m512i word = _mm512_setzero_si512();
-        for (int i = 0; i < 4; i++) {
-          long row = r + 4 * quad + i;
-          if (row >= R || !lanes) break;
-          __m512 v = load(x + row * stride + column, lanes);
-          if (rows.codes) {
-            __m512i codes = row_codes(v, row, column, lanes);
-            _mm_mask_storeu_epi8(rows.codes + row * C + column, lanes, _mm512_cvtepi32_epi8(codes));
+    const __m512i byte = _mm512_set1_epi32(255), row_top = _mm512_set1_epi32(rows.qmax), column_top = _mm512_set1_epi32(columns.qmax);
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const bool row_noise = STOCHASTIC && rows.stochastic, column_noise = STOCHASTIC && columns.stochastic;
+    const Key row_key = this->row_key, column_key = this->column_key;
+    const long R = this->R, C = this->C, stride = this->stride, last = R - r < TILE ? R - r : TILE;
+    const T* const x = this->x + r * stride + c;
+    int8_t* const row_codes = rows.codes + r * C + c;
+    __mmask16 lanes[4];
+    __m512 row_fold[4], column_scale[4];
+    for (int g = 0; g < 4; g++) {
+      lanes[g] = lanes16(C - c - 16 * g);
+      row_fold[g] = ROWS && rows.fold ? load(rows.fold + c + 16 * g, lanes[g]) : one;
+      column_scale[g] = COLUMNS ? load(column_inverse + c + 16 * g, lanes[g]) : one;
+    }
+    for (int quad = 0; quad < 16; quad++) {
+      for (int g = 0; g < 4; g++) words[g][quad] = _mm512_setzero_si512();
+      for (long i = 4 * quad; i < 4 * quad + 4 && i < last; i++) {
+        const __m512 row_scale = _mm512_set1_ps(ROWS ? row_inverse[r + i] : 0);
+        const __m512 column_fold = _mm512_set1_ps(COLUMNS && columns.fold ? columns.fold[r + i] : 1.0f);
+        for (int g = 0; g < 4 && lanes[g]; g++) {
+          const __m512 v = load(x + i * stride + 16 * g, lanes[g]);
+          if (ROWS) {
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(v, row_fold[g]), row_scale);
+            __m512i codes = row_noise ? codes_of(y, uniform16(row_key.row(row_offset + r + i), c + 16 * g), row_top) : codes_of(y);
+            _mm_mask_storeu_epi8(row_codes + i * C + 16 * g, lanes[g], _mm512_cvtepi32_epi8(codes));
           }
-          if (columns.codes) {
-            __m512i codes = _mm512_and_si512(column_codes(v, row, column, lanes), byte);
-            word = _mm512_or_si512(word, _mm512_slli_epi32(codes, 8 * i));
+          if (COLUMNS) {
+            __m512 y = _mm512_mul_ps(_mm512_mul_ps(v, column_fold), column_scale[g]);
+            __m512i codes = column_noise ? codes_of(y, uniform16(column_key.row(row_offset + r + i), c + 16 * g), column_top) : codes_of(y);
+            codes = _mm512_sll_epi32(_mm512_and_si512(codes, byte), _mm_cvtsi32_si128(8 * (i & 3)));
+            words[g][quad] = _mm512_or_si512(words[g][quad], codes);
           }
         }
-        words[group][quad] = word;
       }
-    if (!columns.codes) return;
-    for (int group = 0; group < 4; group++) {
-      transpose16(words[group]);
-      for (long i = 0; i < 16 && c + 16 * group + i < C; i++)
-        _mm512_mask_storeu_epi8(columns.codes + (c + 16 * group + i) * R + r, lanes64(R - r), words[group][i]);
+    }
+    if (!COLUMNS) return;
+    for (long g = 0; g < 4; g++) {
+      transpose16(words[g]);
+      for (long i = 0; i < 16 && c + 16 * g + i < C; i++)
+        _mm512_mask_storeu_epi8(columns.codes + (c + 16 * g + i) * R + r, lanes64(last), words[g][i]);
     }
   }
 
-  __m512i row_codes(__m512 v, long row, long column, __mmask16 lanes) const {
-    if (rows.fold) v = _mm512_mul_ps(v, load(rows.fold + column, lanes));
-    v = _mm512_mul_ps(v, _mm512_set1_ps(row_inverse[row]));
-    if (!rows.stochastic) return codes_of(v);
-    return codes_of(v, uniform16(row_key.row(row_offset + row), column), _mm512_set1_epi32(rows.qmax));
-  }
-
-  __m512i column_codes(__m512 v, long row, long column, __mmask16 lanes) const {
-    if (columns.fold) v = _mm512_mul_ps(v, _mm512_set1_ps(columns.fold[row]));
-    v = _mm512_mul_ps(v, load(column_inverse + column, lanes));
-    if (!columns.stochastic) return codes_of(v);
-    return codes_of(v, uniform16(column_key.row(row_offset + row), column), _mm512_set1_epi32(columns.qmax));
+  template <bool STOCHASTIC>
+  auto tiles() const {
+    if (!columns.codes) return &Quantizer::tile<true, false, STOCHASTIC>;
+    return rows.codes ? &Quantizer::tile<true, true, STOCHASTIC> : &Quantizer::tile<false, true, STOCHASTIC>;
   }
 
   void run(int threads) const {
+    const auto tile = rows.stochastic || columns.stochastic ? tiles<true>() : tiles<false>();
 #pragma omp parallel num_threads(threads)
     {
       // As many parts as threads, whether or not that many came
@@ -161,9 +170,9 @@ struct Quantizer {
       for (int t = 0; t < threads; t++) measure(R * t / threads, R * (t + 1) / threads, column_bits + t * C);
 #pragma omp single
       finish_scales(threads);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (long r = 0; r < R; r += TILE)
-        for (long c = 0; c < C; c += TILE) tile(r, c);
+        for (long c = 0; c < C; c += TILE) (this->*tile)(r, c);
     }
   }
 };

@@ -44,6 +44,14 @@ inline void store(bf16* p, __mmask16 lanes, __m512 v) {
   _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(rounded));
 }
 
+// The same bits where vcvtneps2bf16 exists, as on every CPU with AMX: it is wrong for NaN and subnormal numbers alone.
+inline void store_amx(float* p, __mmask16 lanes, __m512 v) { store(p, lanes, v); }
+inline void store_amx(bf16* p, __mmask16 lanes, __m512 v) {
+  constexpr int QUIET_NAN = 0x01, DENORMAL = 0x20, SIGNALLING_NAN = 0x80;
+  if (_mm512_fpclass_ps_mask(v, QUIET_NAN | DENORMAL | SIGNALLING_NAN)) return store(p, lanes, v);
+  _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
 // r[i] holds row i of a 16x16 matrix of 32-bit words; afterwards column i.
 inline void transpose16(__m512i r[16]) {
   __m512i t[16];
