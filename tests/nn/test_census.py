@@ -305,7 +305,8 @@ def test_many_failures_are_counted() -> None:
 def test_to_dict_is_json() -> None:
     census = Census((one(), one(sqnr_db=math.nan, expected_db=math.inf, agreement=0.5, problem="x")))
     found = json.loads(json.dumps(census.to_dict(), allow_nan=False))
-    assert set(found) == {"summary", "failures", "observations"}
+    assert set(found) == {"summary", "failures", "flops", "flops_summary", "observations"}
+    assert found["flops_summary"] == "none seen"
     assert found["summary"] == census.summary()
     assert found["failures"] == ["up fprop.input: x"]
     first, second = found["observations"]
