@@ -137,7 +137,7 @@ class Overrides:
             config = self.loader.load_configuration(
                 self.config_name, hydra_overrides + groups, RunMode.MULTIRUN
             )
-        except (ConfigCompositionException, HydraException):
+        except (ConfigCompositionException, HydraException, ValueError):
             return []  # the same fault shows in the check of the runs, which explains it
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         return [f"{key}={value}" for key, value in params.items()]

@@ -192,7 +192,7 @@ def test_debug_shows_the_trace_of_a_user_error(toy: Toy, monkeypatch: pytest.Mon
         ("os.system", "configs may name classes of qtrain only"),
         ("qtrainer.Evil", "configs may name classes of qtrain only"),
         ("qtrain.quant.recipe.fnmatch.os.system", "qtrain.quant.recipe has no class 'fnmatch.os.system'"),
-        ("qtrain.optim.AdmW", "qtrain.optim has no class 'AdmW'; did you mean AdamW?"),
+        ("qtrain.optim.AdmW", "qtrain.optim has no class 'AdmW'; did you mean AdamW or "),
         ("qtrain.nothing.X", "qtrain has no class 'nothing.X'"),
     ],
 )

@@ -140,7 +140,7 @@ def test_the_paper_s_experiment_has_the_paper_s_numbers(name):
     cfg.data.tokenizer = "byte"  # GPT-2's comes from the network
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     settings = parts.settings
-    assert parts.source.dataset == "Skylion007/openwebtext"
+    assert parts.data.source.dataset == "Skylion007/openwebtext"
     assert (settings.steps, settings.batch_sequences, settings.sequence_tokens) == (300_000, 512, 1024)
     assert settings.step_tokens == 524_288
     assert settings.precision == "bf16"

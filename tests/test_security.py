@@ -36,6 +36,7 @@ BY_NAME = {"importlib.import_module", "hydra.utils.instantiate", "hydra.utils.ca
 ALLOWED = {
     "qtrain/training/launcher.py": {"socket"},  # asks the kernel for a free port of this machine
     "qtrain/cli.py": {"importlib.import_module"},
+    "qtrain/data/optional_libraries.py": {"importlib.import_module"},
     "qtrain/training/assembly.py": {"importlib.import_module"},
     "qtrain/training/worker.py": {"importlib.import_module"},
     "qtrain/quant/plugins.py": {"importlib.import_module"},

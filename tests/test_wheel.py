@@ -161,7 +161,7 @@ def test_metadata_say_what_pyproject_says(wheel: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with zipfile.ZipFile(wheel) as archive:
         (path,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        metadata = email.message_from_bytes(archive.read(path))
+        metadata = email.message_from_string(archive.read(path).decode())
         entries = archive.read(path.replace("METADATA", "entry_points.txt")).decode()
     assert entries.split() == ["[console_scripts]", "qtrain", "=", "qtrain.cli:main"]
     assert metadata["Name"] == "qtrain"

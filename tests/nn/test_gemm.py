@@ -13,10 +13,8 @@ LYING_ON_K = ["int4_column", "int4_group4", "int8_block2x2", "mxfp8", "nvfp4", "
 
 
 def test_codes_are_multiplied_where_scales_fold_and_levels_are_bfloat16_numbers() -> None:
-    assert all(multiplies_codes(QuantSpec.parse(s)) for s in FOLDING)
-    assert not any(
-        multiplies_codes(QuantSpec.parse(s)) for s in [*LYING_ON_K, "dynamic8_row", "linear4_nozero_row"]
-    )
+    assert all(multiplies_codes(QuantSpec.parse(s)) for s in [*FOLDING, "linear4_nozero_row"])
+    assert not any(multiplies_codes(QuantSpec.parse(s)) for s in [*LYING_ON_K, "dynamic8_row", "nf4_row"])
 
 
 @pytest.mark.parametrize("text", FOLDING)

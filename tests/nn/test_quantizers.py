@@ -16,10 +16,10 @@ from qtrain.nn import (
     apply_recipe,
     compare_compiled,
     follow_optimizer,
+    simulated,
     start_steps,
     take_census,
 )
-from qtrain.nn import linear as linear_module
 from qtrain.nn.quantizers import quantizers_of
 from qtrain.optim import parameter_groups
 from qtrain.quant import LinearRecipe, ModelRecipe, QuantSpec, fake_quantize, quantize
@@ -478,13 +478,13 @@ def test_the_census_holds_ranges_to_their_state_and_leaves_them():
 def test_the_census_sees_a_range_that_is_not_the_state_s(monkeypatch):
     """A layer that takes the operand's own maximum instead: 3 times as fine as configured."""
     model, report = a_step_later()
-    real = linear_module.quantize_values
+    real = simulated.quantize_values
 
     def own_maximum(view, spec, noise=None, given=None):
         delayed = given is not None and spec.clip.startswith("delayed")
         return real(view, spec, noise, torch.zeros_like(given) if delayed else given)
 
-    monkeypatch.setattr(linear_module, "quantize_values", own_maximum)
+    monkeypatch.setattr(simulated, "quantize_values", own_maximum)
     with pytest.raises(CensusError, match=r"fprop\.input"):
         take_census(model, report, loss_of).check()
 

@@ -145,9 +145,9 @@ def test_a_continuation_may_write_a_models_defaults_out(configure, tmp_path):
     assert found(lambda model: model) == []
     assert found(lambda model: {k: v for k, v in model.items() if k not in ("init_std", "init_from")}) == []
     assert found(lambda model: {**model, "vocab_size": 257}) == []  # the tokenizer's, written out
-    assert found(lambda model: {**model, "vocab_size": 300})[0].startswith("model: ")
-    assert found(lambda model: {k: v for k, v in model.items() if k != "positions"})[0].startswith("model: ")
-    assert found(lambda model: {**model, "bias": True})[0].startswith("model: ")
+    assert found(lambda model: {**model, "vocab_size": 300})[0].startswith("model.")
+    assert found(lambda model: {k: v for k, v in model.items() if k != "positions"})[0].startswith("model.")
+    assert found(lambda model: {**model, "bias": True})[0].startswith("model.")
     assert found(lambda model: {**model, "_target_": "qtrain.models.llama.LlamaConfig"})[0].startswith(
-        "model: "
+        "model."
     )

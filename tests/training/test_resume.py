@@ -337,12 +337,12 @@ def test_one_process_a_run(whole, configure, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.lr=1e-4", "optimizer: .*0.0001"),
+        ("optimizer.lr=1e-4", "optimizer.lr: 0.003 there, 0.0001 here"),
         ("seed=3", "seed: 0 there, 3 here"),
         ("w=int4_row", r"recipe: .*allow_changed=\[recipe\]"),
         ("m2=dynamic4", "m2: dynamic8 there, dynamic4 here"),
         ("batch_sequences=8", "batch_sequences: 4 there, 8 here"),
-        ("model.layers=2", "model: "),
+        ("model.layers=2", "model.layers: 1 there, 2 here"),
         ("precision=fp32", "precision: bf16 there, fp32 here"),
     ],
 )
