@@ -153,7 +153,8 @@ def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 2  # rank 0 of each run prints
     first, second = (one.parent / f"seed{seed}" for seed in (0, 1))
-    assert losses(first) == pytest.approx(losses(one), rel=1e-5)  # sums in another order
+    # Sums in another order, and codes near a threshold that flip (docs/reliability.md)
+    assert losses(first) == pytest.approx(losses(one), rel=3e-5)
     assert losses(second) != pytest.approx(losses(one), rel=1e-3)
     for folder in (first, second):
         saved = json.loads((folder / "summary.json").read_text())
