@@ -17,10 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .spikes import spike_steps
+from .spikes import DIVERGED_NATS, spike_steps
 
-# The loss of a model that forgot what it knew; noise between validations is a hundredth of it.
-DIVERGED_NATS = 0.5
 _METRICS, _SUMMARY, _VERDICT, _CONFIG = "metrics.jsonl", "summary.json", "verdict.json", "config.yaml"
 
 
