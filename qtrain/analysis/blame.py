@@ -29,6 +29,10 @@ MAX_LOGIT = 100.0
 STALLED_SHARE = 0.99
 
 
+# Second moments that decode to 0 while they are above it (arXiv 2309.01507, section 3); a share that a tensor may have by chance
+ZERO_BIN = 0.001
+
+
 @dataclass(frozen=True)
 class Blame:
     """operand: layer, GEMM and operand; or the name of a parameter. why: with its number. step: of the observation."""
@@ -88,7 +92,7 @@ def low_operands(run: RunRecord) -> list[tuple[float, str]]:
 
 def failing_operand(run: RunRecord, step: int | None) -> Blame | None:
     """Who to look at for what happened at ``step`` (None: over the whole run): the parameter whose gradient was the
-    first not to be finite; else the operand below its limit; else the one whose SQNR had fallen most by then; else the
+    first not to be finite; else the operand below its limit; else the second moment stored as 0; else the one whose SQNR had fallen most by then; else the
     lowest. None where nothing was observed."""
     parameter = run.verdict.get("parameter")
     if run.verdict.get("outcome") == "non_finite" and parameter:
@@ -111,6 +115,8 @@ def failing_operand(run: RunRecord, step: int | None) -> Blame | None:
         return Blame(
             operand, f"its SQNR is {db:.1f} dB at step {at_step}, below {_limit(operand):.1f}", at_step
         )
+    if (state := _zeroed_state(run, until)) is not None:
+        return state
     if falls and max(falls)[0] > FALL_DB:
         fall, operand, last, at_step = max(falls)
         return Blame(
@@ -122,10 +128,26 @@ def failing_operand(run: RunRecord, step: int | None) -> Blame | None:
     return None
 
 
+def _zeroed_state(run: RunRecord, until: float) -> Blame | None:
+    found = [
+        (float(value), name, int(step))
+        for name, (steps, values) in run.curves.instruments.items()
+        if name.endswith(".zero_bin")
+        for step, value in zip(steps, values, strict=True)
+        if step <= until and value > ZERO_BIN
+    ]
+    if not found:
+        return None
+    share, name, step = max(found)
+    state = name.removeprefix("optim/").removesuffix(".zero_bin")
+    return Blame(state, f"{share:.1%} of its second moments are stored as 0 at step {step}", step)
+
+
 def worst_instruments(run: RunRecord) -> list[str]:
     """A note for each other instrument beyond its limit: the worst of its kind."""
     kinds = (
         ("/noise_floor", min, lambda v: v < 1, "{0} is {1:.2f} at step {2}, below 1: quantization noise hides the gradient"),
+        (".zero_bin", max, lambda v: v > ZERO_BIN, "{0} is {1:.1%} at step {2}: those weights take steps of lr m / eps"),
         ("/max_logit", max, lambda v: v > MAX_LOGIT, "{0} is {1:.0f} at step {2}: attention saturates"),
         (".unchanged", max, lambda v: v > STALLED_SHARE, "{0} is {1:.3f} at step {2}: the state stalls"),
     )  # fmt: skip

@@ -67,8 +67,7 @@ class ArmResult:
     @property
     def val_loss(self) -> float | None:
         """Of the runs that completed and did not diverge."""
-        sound = (r for s, r in self.arm.completed.items() if self.health[s].verdict != DIVERGED)
-        return _mean([run.val_loss for run in sound])
+        return _mean([run.val_loss for run in _sound(self.arm, self.health).values()])
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -146,16 +145,21 @@ def _windows(run: RunRecord, reference: RunRecord, confidence: float) -> tuple[f
     return window_interval(mine, theirs, confidence)
 
 
+def _sound(arm: Arm, health: Mapping[int, Health]) -> dict[int, RunRecord]:
+    """The runs whose losses may be averaged."""
+    return {s: run for s, run in arm.completed.items() if health[s].verdict != DIVERGED}
+
+
 def _result(
-    arm: Arm, baseline: Arm, different: Mapping[str, Any], limits: Limits, confidence: float
+    arm: Arm,
+    baseline: Arm,
+    health: Mapping[int, Health],
+    theirs: Mapping[int, RunRecord],
+    different: Mapping[str, Any],
+    confidence: float,
 ) -> ArmResult:
-    is_baseline = arm is baseline
-    # Spikes of the baseline itself cannot be excused by the baseline
-    health = {
-        s: judge(run, None if is_baseline else baseline.runs.get(s), limits) for s, run in arm.runs.items()
-    }
-    done = {s: run for s, run in arm.completed.items() if health[s].verdict != DIVERGED}
-    theirs = {s: run for s, run in baseline.completed.items() if judge(run, None, limits).verdict != DIVERGED}
+    """theirs: the baseline's sound runs."""
+    is_baseline, done = arm is baseline, _sound(arm, health)
     pairs = {} if is_baseline else {s: (run, theirs[s]) for s, run in done.items() if s in theirs}
     gap = paired(
         {s: a.val_loss - b.val_loss for s, (a, b) in pairs.items()}, dict.fromkeys(pairs, 0.0), confidence
@@ -224,8 +228,19 @@ def compare(
     standard = find_baseline(arms, baseline)
     different = allowed_differences(arms, standard, allow)
     ordered = [standard, *(arm for arm in arms if arm is not standard)]
-    results = [_result(a, standard, different[a.label], limits or Limits(), confidence) for a in ordered]
+    # Spikes of the baseline itself cannot be excused by the baseline
+    health = {
+        arm.label: {
+            s: judge(r, None if arm is standard else standard.runs.get(s), limits)
+            for s, r in arm.runs.items()
+        }
+        for arm in ordered
+    }
+    theirs = _sound(standard, health[standard.label])
+    results = [_result(a, standard, health[a.label], theirs, different[a.label], confidence) for a in ordered]
     notes = [learning_rates(arms)]
-    if not standard.completed:
-        notes.append(f"the baseline {standard.label} has no completed run: there are no gaps")
+    if not theirs:
+        notes.append(
+            f"the baseline {standard.label} has no run that completed without diverging: there are no gaps"
+        )
     return Comparison(results, unreadable, confidence, notes)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Series = tuple[Array, Array]
 _SQNR = re.compile(r"quant/(?P<layer>.+)/(?P<gemm>\w+)\.(?P<operand>\w+)/sqnr_db")
-_KEPT = ("/noise_floor", ".unchanged", "/max_logit")
+_KEPT = ("/noise_floor", ".unchanged", ".zero_bin", "/max_logit")
 
 
 @dataclass(frozen=True, order=True)

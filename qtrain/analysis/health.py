@@ -101,7 +101,8 @@ def judge(run: RunRecord, reference: RunRecord | None = None, limits: Limits | N
     step = _first([a for a in alarms if a.verdict == verdict])
     blame = failing_operand(run, step) if verdict in (DIVERGED, UNSTABLE, NOISY) else None
     texts = [a.text for a in sorted(alarms, key=lambda a: -_RANK.index(a.verdict))]
-    sentence = f"{verdict}: {texts[0]}" + (f"; {blame}" if blame is not None else "")
+    told = blame is None or str(blame.operand) in texts[0]
+    sentence = f"{verdict}: {texts[0]}" + ("" if told else f"; {blame}")
     if run.state == "unfinished":
         notes = [*notes, str(run.problem)]
     return Health(verdict, sentence, tuple(texts), (*notes, *kept), step, blame)
