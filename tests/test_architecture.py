@@ -196,7 +196,17 @@ def test_what_is_allowed_passes(path: str, source: str) -> None:
     assert breaches({path: source}) == []
 
 
-HEAVY = ("wandb", "datasets", "bitsandbytes", "lightning", "transformers", "pyarrow", "triton", "hydra")
+HEAVY = (
+    "wandb",
+    "datasets",
+    "bitsandbytes",
+    "lightning",
+    "transformers",
+    "pyarrow",
+    "triton",
+    "hydra",
+    "plotly",
+)
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 room = importlib.import_module(sys.argv[1])

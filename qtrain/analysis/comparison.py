@@ -76,7 +76,7 @@ class ArmResult:
     @property
     def state_bytes(self) -> float | None:
         """Of the optimizer, as held."""
-        held = [run.summary.get("optimizer_state_bytes") for run in self.arm.completed.values()]
+        held = [run.summary.get("optimizer_state_bytes") for run in self.arm.runs.values()]
         return _mean([h["total"] for h in held if h])
 
     @property
@@ -179,9 +179,7 @@ def _result(
     notes += [f"{run.folder}: an earlier run of seed {run.seed}, left out" for run in arm.earlier]
     missing = sorted(set(theirs) - set(done))
     if missing and not is_baseline:
-        notes.append(
-            f"no run of seed {', '.join(map(str, missing))} that can be averaged, which the baseline has"
-        )
+        notes.append(f"no sound run of seed {', '.join(map(str, missing))}, which the baseline has")
     return ArmResult(
         arm=arm,
         is_baseline=is_baseline,

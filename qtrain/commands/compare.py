@@ -75,6 +75,8 @@ def _print(comparison: Any, failed: Sequence[str]) -> None:
             table.add_row(*map(Text, row))
     else:
         table.add_column(style="bold")
+        for _ in rows:
+            table.add_column(overflow="fold")
         for values in zip(COLUMNS, *rows, strict=True):
             table.add_row(*map(Text, values))
     console.print(table)
