@@ -23,6 +23,11 @@ def color(number: int) -> str:
     return COLORS[0] if number == 0 else COLORS[1 + (number - 1) % (len(COLORS) - 1)]
 
 
+def _text(label: str) -> str:
+    """Of a name that is no formula."""
+    return label.replace("$", r"\$")
+
+
 def band(result: ArmResult, *, sound: bool = True) -> tuple[Array, Array, Array, Array]:
     """(tokens, mean, low, high) of the validation loss over the arm's runs, at the tokens that all of them have been
     evaluated at; sound: without those that diverged, where there are others."""
@@ -46,7 +51,8 @@ def loss_limits(comparison: Comparison) -> tuple[float, float] | None:
     )
     if not len(finite):
         return None
-    low, high = float(finite.min()), float(finite.max())
+    # Without the steep start, where that hides the rest
+    low, high = float(finite.min()), float(np.percentile(finite, 97))
     margin = 0.06 * max(high - low, 0.05)
     return low - margin, high + margin
 
@@ -79,7 +85,7 @@ def _curves(axes: Any, comparison: Comparison) -> None:
             color=color(number),
             linewidth=1.6,
             linestyle=style,
-            label=result.label,
+            label=_text(result.label),
             marker="o",
             markersize=2.5,
         )
@@ -118,7 +124,7 @@ def _forest(axes: Any, results: Sequence[tuple[int, ArmResult]], confidence: flo
     # The interval of two seeds is twelve deviations wide: the seeds set the range, it runs out of the picture
     axes.set_xlim(-2.5 * (reach or 1), 2.5 * (reach or 1))
     axes.axvline(0, color="#404040", linewidth=0.8)
-    axes.set_yticks(range(len(results)), [r.label for _, r in results], fontsize=8)
+    axes.set_yticks(range(len(results)), [_text(r.label) for _, r in results], fontsize=8)
     axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_title(
         f"gap to the baseline, % of its loss\n(thick: {confidence:.0%} over seeds; thin: each seed, over windows)",
@@ -139,7 +145,7 @@ def draw(comparison: Comparison) -> Any:
     _curves(curves, comparison)
     _forest(forest, others, comparison.confidence)
     hidden = len(comparison.arms) - MOST_ARMS
-    title = f"{len(comparison.arms)} arms against {comparison.baseline.label}"
+    title = f"{len(comparison.arms)} arms against {_text(comparison.baseline.label)}"
     figure.suptitle(
         title + (f" ({hidden} more arms are on the page)" if hidden > 0 else ""),
         fontsize=10,

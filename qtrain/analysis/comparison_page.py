@@ -32,7 +32,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3em .7em .3em 0; border-bottom: 1px solid #ddd; white-space: pre-line; }
 .healthy { color: #1b6e20; } .noisy { color: #8a5a00; } .unstable, .diverged, .failed { color: #b01010; }
-.incomplete { color: #555; } .gate { background: #fdecea; padding: .5em 1em; } img { max-width: 100%; }
+li { color: #444; } .incomplete { color: #555; } .gate { background: #fdecea; padding: .5em 1em; } img { max-width: 100%; }
 """
 
 

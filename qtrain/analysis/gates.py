@@ -63,7 +63,7 @@ def failures(comparison: Comparison, gates: Gates) -> list[str]:
                 found.append(f"{result.label} seed {seed} is {health.sentence}")
             if gates.max_spikes is not None and result.spikes[seed] > gates.max_spikes:
                 found.append(
-                    f"{result.label} seed {seed} has {result.spikes[seed]} spikes of {gates.max_spikes}"
+                    f"{result.label} seed {seed}: loss spikes: {result.spikes[seed]}, the gate is {gates.max_spikes}"
                 )
     if gates.asked:
         found += [f"{run.folder}: {run.problem}" for run in comparison.unreadable]

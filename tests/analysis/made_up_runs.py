@@ -94,7 +94,7 @@ def write_curve_run(
     whole = {
         "name": name, "seed": seed, "steps": steps, "batch_sequences": 4, "sequence_tokens": 8, "precision": "fp32",
         "eval_windows": 8, "schedule": {"warmup_steps": 10}, "device": "cpu", "compile": False,
-        "model": {"layers": 1, "width": 8, "tie_embeddings": False, "init_from": None}, "data": {"folder": str(root)},
+        "model": {"layers": 1, "width": 8, "tie_embeddings": False, "init_from": None}, "data": {"folder": str(root), "tokenizer": "byte"},
         "recipe": {"_target_": "qtrain.quant.ModelRecipe"},
         "optimizer": {"lr": 0.003, "betas": [0.9, 0.95], "states": {"exp_avg": "none", "exp_avg_sq": "none"}}, **config,
     }  # fmt: skip
