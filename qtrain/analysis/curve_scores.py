@@ -28,8 +28,13 @@ def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
     good = np.isfinite(x) & (x > 0)
     u = np.log(x[good])
     scores = np.full(len(u), np.nan)
-    for i in range(LEAST, min(WINDOW, len(u))):
-        scores[i] = _score(u[i : i + 1], u[None, :i])[0]
+    few = np.arange(LEAST, min(WINDOW, len(u)))
+    if len(few):
+        # The windows that are not full yet, padded; inf sorts to the end
+        before = np.where(np.arange(WINDOW) < few[:, None], np.resize(u, WINDOW), np.inf)
+        middle = _padded_median(before, few)
+        deviation = _padded_median(np.abs(before - middle[:, None]), few)
+        scores[few] = 0.6745 * (u[few] - middle) / np.maximum(deviation, LEAST_MAD)
     if len(u) > WINDOW:
         windows = np.lib.stride_tricks.sliding_window_view(u, WINDOW)[:-1]
         for start in range(0, len(windows), _CHUNK):
@@ -41,25 +46,31 @@ def robust_scores(values: ArrayLike) -> NDArray[np.float64]:
     return found
 
 
+def _padded_median(rows: NDArray[np.float64], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of the ``lengths`` least values of each row."""
+    ordered, each = np.sort(rows, axis=1), np.arange(len(rows))
+    return (ordered[each, (lengths - 1) // 2] + ordered[each, lengths // 2]) / 2
+
+
 def _score(u: NDArray[np.float64], windows: NDArray[np.float64]) -> NDArray[np.float64]:
     middle = np.median(windows, axis=1)
     deviation = np.median(np.abs(windows - middle[:, None]), axis=1)
     return 0.6745 * (u - middle) / np.maximum(deviation, LEAST_MAD)
 
 
-def spikes(losses: ArrayLike) -> list[int]:
-    """Indices of the steps whose score exceeds ALERT. Losses that are not positive and finite count as spikes."""
-    return np.flatnonzero(robust_scores(losses) > ALERT).tolist()
+def spikes(loss_scores: NDArray[np.float64]) -> list[int]:
+    """Indices of the steps whose robust score exceeds ALERT; those that are not positive and finite count."""
+    return np.flatnonzero(loss_scores > ALERT).tolist()
 
 
-def joint_spikes(losses: ArrayLike, grad_norms: ArrayLike) -> list[int]:
+def joint_spikes(loss_scores: NDArray[np.float64], grad_norms: ArrayLike) -> list[int]:
     """Indices of the steps where loss and gradient norm score above JOINT_ALERT together. Gradient norms that are nan
     (not logged) have no score."""
     norms = np.asarray(grad_norms, dtype=np.float64)
     logged = ~np.isnan(norms)
     high = np.zeros(len(norms), dtype=bool)
     high[logged] = robust_scores(norms[logged]) > JOINT_ALERT
-    return np.flatnonzero((robust_scores(losses) > JOINT_ALERT) & high).tolist()
+    return np.flatnonzero((loss_scores > JOINT_ALERT) & high).tolist()
 
 
 def spike_score(values: ArrayLike) -> float | None:

@@ -208,7 +208,7 @@ def _spike_alarms(run: RunRecord, shared: frozenset[int], limits: Limits) -> tup
         return [], []
     mine = [i for i in run.spikes if math.isfinite(losses[i])]
     own = [_step(run, i) for i in mine if _step(run, i) not in shared]
-    together = [_step(run, i) for i in curve_scores.joint_spikes(losses, run.curves.grad_norm)]
+    together = [_step(run, i) for i in curve_scores.joint_spikes(run.loss_scores, run.curves.grad_norm)]
     joint = [s for s in together if s not in shared]
     notes = []
     if len(own) < len(mine):

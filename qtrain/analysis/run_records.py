@@ -66,9 +66,14 @@ class RunRecord:
         return self.curves.median_tokens_per_s
 
     @cached_property
+    def loss_scores(self) -> NDArray[np.float64]:
+        """[n]: of every step (``curve_scores.robust_scores``)."""
+        return curve_scores.robust_scores(self.curves.loss)
+
+    @cached_property
     def spikes(self) -> tuple[int, ...]:
         """Indices of the steps whose loss is a spike (``curve_scores.py``)."""
-        return tuple(curve_scores.spikes(self.curves.loss))
+        return tuple(curve_scores.spikes(self.loss_scores))
 
 
 def _json(path: Path) -> Any:

@@ -100,7 +100,8 @@ def _write(comparison: Any, failed: Sequence[str], config: dict[str, Any], out: 
     for picture in PICTURES:
         comparison_figures.save(comparison, out / picture)
     if config["html"]:
-        comparison_page.save(comparison, failed, _command(config), out / PAGE)
+        png = (out / PICTURES[0]).read_bytes()
+        comparison_page.save(comparison, failed, _command(config), png, out / PAGE)
 
 
 def _log(comparison: Any, config: dict[str, Any], out: Path) -> str:

@@ -52,7 +52,7 @@ def without_scripts(page: str) -> str:
 
 def test_the_page_is_whole_and_readable_without_scripts(comparison, tmp_path: Path) -> None:
     path = tmp_path / "comparison.html"
-    comparison_page.save(comparison, ["arm: too far"], "qtrain compare runs=[a]", path)
+    comparison_page.save(comparison, ["arm: too far"], "qtrain compare runs=[a]", b"png", path)
     page = path.read_text()
     assert 4_000_000 < len(page) < comparison_page.LIMIT_BYTES
     text = without_scripts(page)
@@ -64,14 +64,14 @@ def test_the_page_is_whole_and_readable_without_scripts(comparison, tmp_path: Pa
     assert EVIL not in page
     assert "alert(1)" in text
     assert page.count("Plotly.newPlot(") == 5
-    assert '<noscript><img alt="loss curves and gaps" src="data:image/png;base64,' in page
+    assert '<noscript><img alt="loss curves and gaps" src="data:image/png;base64,cG5n">' in page
     assert list(tmp_path.glob(".*partial*")) == []
 
 
 def test_too_large_a_page_is_refused(comparison, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(comparison_page, "LIMIT_BYTES", 1000)
     with pytest.raises(ValueError, match="html=false"):
-        comparison_page.save(comparison, [], "", tmp_path / "page.html")
+        comparison_page.save(comparison, [], "", b"", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
