@@ -48,14 +48,12 @@ def write_run(folder: Path, arm: int, seed: int, steps: int) -> None:
         if (i + 1) % 100 == 0:
             rows.append({"kind": "val", **axes, "val_loss": float(np.median(losses[i - 20 : i + 1]))})
             if arm:
-                keys = [
-                    f"quant/blocks.{k}.mlp.up/fprop.{o}/sqnr_db"
-                    for k in range(LAYERS)
-                    for o in ("input", "weight")
+                operands = [
+                    f"blocks.{k}.mlp.up/fprop.{o}" for k in range(LAYERS) for o in ("input", "weight")
                 ]
-                instruments.append(
-                    {"kind": "instruments", **axes, **{k: float(draw.normal(35, 2)) for k in keys}}
-                )
+                metrics = ("sqnr_db", "kurtosis", "clipped", "underflow")
+                values = {f"quant/{o}": {m: float(draw.normal(35, 2)) for m in metrics} for o in operands}
+                instruments.append({"kind": "sample", **axes, "values": values})
     for name, lines in (("metrics.jsonl", rows), ("instruments.jsonl", instruments)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "verdict.json").write_text(json.dumps({"outcome": "completed", "step": steps, "message": ""}))

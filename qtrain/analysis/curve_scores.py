@@ -12,11 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .spikes import ALERT, LEAST, LEAST_MAD, WINDOW
+from .spikes import ALERT, JOINT_ALERT, LEAST, LEAST_MAD, ROLLING, SIGMAS, WINDOW
 
-# Of loss and gradient norm in the same step: each alone may reach this by chance
-JOINT_ALERT = 6.0
-SIGMAS, ROLLING = 7.0, 1000
 # Rows of windows at a time: 8192 x 100 float64 are 7 MB
 _CHUNK = 8192
 

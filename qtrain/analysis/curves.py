@@ -1,7 +1,6 @@
 """The curves of one run, step by step and on the axis of tokens, from the rows that it logged.
 
-Rows are those of metrics.jsonl ("train", "val") and of instruments.jsonl, of which the series are kept that a verdict asks
-for: SQNR of operands, noise floor of weight gradients, stall of optimizer states, attention logits.
+Rows are those of metrics.jsonl ("train", "val"). Of the instruments' samples the series are kept that a verdict asks for: SQNR of operands, noise floor of weight gradients, stall of optimizer states, attention logits.
 """
 
 from __future__ import annotations
@@ -76,8 +75,13 @@ def _column(rows: list[Mapping[str, Any]], key: str) -> Array:
     return np.array([float(np.nan if row.get(key) is None else row[key]) for row in rows], dtype=np.float64)
 
 
-def curves_of(rows: Iterable[Mapping[str, Any]], step_tokens: float) -> Curves:
+def curves_of(
+    rows: Iterable[Mapping[str, Any]],
+    step_tokens: float,
+    samples: Mapping[int, Mapping[str, float]] | None = None,
+) -> Curves:
     """rows: in the order of their steps. step_tokens: of an optimizer step, for rows that do not say their tokens.
+    samples: step -> name -> number, of the instruments.
 
     Raises KeyError, TypeError or ValueError for a row without kind or step, and for a number that is none."""
     rows = list(rows)
@@ -87,7 +91,7 @@ def curves_of(rows: Iterable[Mapping[str, Any]], step_tokens: float) -> Curves:
         train[0]["loss"]  # a row of another program
     step, val_step = _column(train, "step"), _column(val, "step")
     tokens, val_tokens = _column(train, "tokens"), _column(val, "tokens")
-    sqnr, instruments = _instruments(rows)
+    sqnr, instruments = _instruments(samples or {})
     return Curves(
         step=step,
         tokens=np.where(np.isnan(tokens), step * step_tokens, tokens),
@@ -104,13 +108,15 @@ def curves_of(rows: Iterable[Mapping[str, Any]], step_tokens: float) -> Curves:
     )
 
 
-def _instruments(rows: list[Mapping[str, Any]]) -> tuple[dict[Operand, Series], dict[str, Series]]:
+def _instruments(
+    samples: Mapping[int, Mapping[str, float]],
+) -> tuple[dict[Operand, Series], dict[str, Series]]:
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if "/" in key and key.endswith(("/sqnr_db", *_KEPT)) and value is not None:
+    for step in sorted(samples):
+        for key, value in samples[step].items():
+            if key.endswith(("/sqnr_db", *_KEPT)):
                 steps, values = series.setdefault(key, ([], []))
-                steps.append(float(row["step"]))
+                steps.append(float(step))
                 values.append(float(value))
     sqnr, others = {}, {}
     for key, (steps, values) in series.items():

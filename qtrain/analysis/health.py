@@ -21,8 +21,8 @@ import numpy as np
 
 from . import curve_scores
 from .blame import Blame, failing_operand, low_operands, worst_instruments
-from .run_records import DIVERGED_NATS, RunRecord
-from .spikes import ALERT, LEAST
+from .run_records import RunRecord
+from .spikes import ALERT, DIVERGED_NATS, JOINT_ALERT, LEAST
 
 HEALTHY, NOISY, UNSTABLE, DIVERGED = "healthy", "noisy", "unstable", "diverged"
 INCOMPLETE, FAILED = "incomplete", "failed"
@@ -218,7 +218,7 @@ def _spike_alarms(run: RunRecord, shared: frozenset[int], limits: Limits) -> tup
     if joint or (len(own) > limits.lone_spikes and len(own) / len(losses) > limits.spike_share):
         gradient = f", {len(joint)} of loss and gradient norm together" if joint else ""
         first = min([*own, *joint])
-        text = f"{len(own)} loss spikes{gradient}, the first at step {first} (score above {ALERT:g}, together {curve_scores.JOINT_ALERT:g})"
+        text = f"{len(own)} loss spikes{gradient}, the first at step {first} (score above {ALERT:g}, together {JOINT_ALERT:g})"
         return [_Alarm(NOISY, text, first)], notes
     if own:
         notes.append(

@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 
 from . import curve_scores
 from .curves import Curves, curves_of
+from .instrument_records import INSTRUMENTS, Alert, read_instruments
+from .spikes import DIVERGED_NATS
 
-# The loss of a model that forgot what it knew; noise between validations is a hundredth of it.
-DIVERGED_NATS = 0.5
 _METRICS, _SUMMARY, _VERDICT, _CONFIG = "metrics.jsonl", "summary.json", "verdict.json", "config.yaml"
-_INSTRUMENTS, _WINDOWS, _CENSUS = "instruments.jsonl", "window_losses.npy", "census.json"
+_WINDOWS, _CENSUS = "window_losses.npy", "census.json"
 
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
     """state: see above. problem: a sentence on why it is not ``completed``. config: the run's own; summary: its numbers
     (empty unless it completed). verdict: verdict.json. window_losses: [n] nats a token of the final validation's
-    windows, where they were kept. observations: of the census, the quantized operands'. label: folder, or W&B's name."""
+    windows, where they were kept. observations: of the census, the quantized operands'. alerts: of the instruments, as it trained."""
 
     folder: Path
     name: str
@@ -46,6 +46,7 @@ class RunRecord:
     verdict: Mapping[str, Any] = field(repr=False, default_factory=dict)
     window_losses: NDArray[np.float64] | None = field(repr=False, default=None)
     observations: tuple[Mapping[str, Any], ...] = field(repr=False, default=())
+    alerts: tuple[Alert, ...] = field(repr=False, default=())
 
     @property
     def completed(self) -> bool:
@@ -126,9 +127,9 @@ def _windows(path: Path) -> NDArray[np.float64] | None:
 
 def _read(folder: Path) -> RunRecord:
     config, verdict = _config(folder / _CONFIG), _json(folder / _VERDICT)
-    rows = [*_rows(folder / _METRICS), *_rows(folder / _INSTRUMENTS)]
+    rows, instruments = _rows(folder / _METRICS), read_instruments(folder / INSTRUMENTS)
     step_tokens = float(config.get("batch_sequences", 0)) * float(config.get("sequence_tokens") or 0)
-    curves = curves_of(rows, step_tokens)
+    curves = curves_of(rows, step_tokens, instruments.samples)
     summary = _json(folder / _SUMMARY) if verdict and verdict["outcome"] == "completed" else None
     state, problem = state_of(config, verdict, summary, curves)
     census = _json(folder / _CENSUS) or {"eager": {"observations": []}}
@@ -143,6 +144,7 @@ def _read(folder: Path) -> RunRecord:
         curves=curves,
         verdict=verdict or {},
         window_losses=_windows(folder / _WINDOWS) if state == "completed" else None,
+        alerts=instruments.alerts,
         observations=tuple(o for o in census["eager"]["observations"] if o["levels"] is not None),
     )
 

@@ -1,39 +1,132 @@
-"""Loss spikes, by a score that earlier spikes do not blunt.
+"""Spikes and divergence of a curve, step by step or of a whole run.
 
-    u_t = log loss_t,    score_t = 0.6745 (u_t - median(w)) / MAD(w),    w = the WINDOW steps before t
+    robust score   u_t = log x_t,    0.6745 (u_t - median(w)) / MAD(w),    w = the WINDOW steps before t
+    spike score    share of steps with |x_t - mean(w)| > SIGMAS std(w),    w = the ROLLING steps before t
+                   (OLMo 2, arXiv 2501.00656)
+    divergence     a value that is not finite, or DIVERGED_STEPS in a row above the least one + DIVERGED_NATS
 
-0.6745 makes the MAD of a Gaussian its standard deviation. Only upward scores count: a falling loss is no spike.
-While a loss still falls steeply, its slope widens the MAD, and small spikes pass unseen.
+0.6745 makes the MAD of a Gaussian its standard deviation, and earlier spikes do not blunt it. Only upward scores count: a
+falling loss is no spike. While a loss still falls steeply, its slope widens the MAD, and small spikes pass unseen.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 WINDOW = 100
 ALERT = 8.0
+# Of loss and gradient norm in the same step: each alone may reach this by chance
+JOINT_ALERT = 6.0
+ROLLING = 1000
+SIGMAS = 7.0
 # With fewer steps before it a step has no score: a median of a few points of a steep start means nothing.
 LEAST = 20
 # Of a constant stretch; relative differences of losses below this are float32 noise.
 LEAST_MAD = 1e-6
+# The loss of a model that forgot what it knew; noise between steps is a tenth of it, between
+# validations a hundredth.
+DIVERGED_NATS = 0.5
+# As long as the window of a score: a spike that recovers within it is a spike
+DIVERGED_STEPS = WINDOW
+
+
+class RobustScore:
+    """``of(x)``: the robust score of the next step, 0 before LEAST of them, inf for what is not positive and finite."""
+
+    def __init__(self) -> None:
+        self.window: deque[float] = deque(maxlen=WINDOW)
+
+    def of(self, x: float) -> float:
+        if not (math.isfinite(x) and x > 0):
+            return math.inf
+        u, score = math.log(x), 0.0
+        if len(self.window) >= LEAST:
+            middle = statistics.median(self.window)
+            deviation = max(statistics.median(abs(y - middle) for y in self.window), LEAST_MAD)
+            score = 0.6745 * (u - middle) / deviation
+        self.window.append(u)
+        return score
+
+
+class SigmaSpikes:
+    """``of(x)``: whether the next step is a spike; ``share``: of the steps so far."""
+
+    def __init__(self) -> None:
+        self.window: deque[float] = deque(maxlen=ROLLING)
+        self.spikes = self.steps = 0
+
+    def of(self, x: float) -> bool:
+        self.steps += 1
+        spike = not math.isfinite(x)
+        if not spike:
+            if len(self.window) >= LEAST:
+                mean = math.fsum(self.window) / len(self.window)
+                variance = math.fsum((y - mean) ** 2 for y in self.window) / len(self.window)
+                # Of a constant stretch, as LEAST_MAD
+                deviation = max(math.sqrt(variance), LEAST_MAD * abs(mean))
+                spike = abs(x - mean) > SIGMAS * deviation
+            self.window.append(x)
+        self.spikes += spike
+        return spike
+
+    @property
+    def share(self) -> float:
+        return self.spikes / self.steps if self.steps else 0.0
+
+
+class Divergence:
+    """``of(loss)``: whether the run has diverged by this step; it then has for good."""
+
+    def __init__(self) -> None:
+        self.least, self.above, self.diverged = math.inf, 0, False
+
+    def of(self, loss: float) -> bool:
+        self.above = self.above + 1 if loss > self.least + DIVERGED_NATS else 0
+        self.diverged |= not math.isfinite(loss) or self.above >= DIVERGED_STEPS
+        self.least = min(self.least, loss) if math.isfinite(loss) else self.least
+        return self.diverged
+
+
+def state_of(curve: RobustScore | SigmaSpikes | Divergence) -> dict[str, Any]:
+    """Plain numbers and lists, out of which ``put_back`` makes the same state."""
+    return {k: list(v) if isinstance(v, deque) else v for k, v in vars(curve).items()}
+
+
+def put_back(curve: RobustScore | SigmaSpikes | Divergence, state: Mapping[str, Any]) -> None:
+    for k, v in state.items():
+        setattr(curve, k, deque(v, maxlen=getattr(curve, k).maxlen) if isinstance(v, list) else v)
+
+
+def robust_scores(values: Sequence[float]) -> list[float]:
+    """The robust score of every step."""
+    score = RobustScore()
+    return [score.of(x) for x in values]
 
 
 def spike_steps(losses: Sequence[float]) -> list[int]:
     """Indices of the steps whose score exceeds ALERT. Losses that are not positive and finite count as spikes."""
-    found = []
-    before: list[float] = []
-    for i, loss in enumerate(losses):
-        if not (math.isfinite(loss) and loss > 0):
-            found.append(i)
-            continue
-        u = math.log(loss)
-        window = before[-WINDOW:]
-        if len(window) >= LEAST:
-            middle = statistics.median(window)
-            deviation = max(statistics.median(abs(x - middle) for x in window), LEAST_MAD)
-            if 0.6745 * (u - middle) / deviation > ALERT:
-                found.append(i)
-        before.append(u)
-    return found
+    return [i for i, score in enumerate(robust_scores(losses)) if score > ALERT]
+
+
+def joint_spike_steps(losses: Sequence[float], grad_norms: Sequence[float]) -> list[int]:
+    """Indices of the steps at which loss and gradient norm exceed JOINT_ALERT together."""
+    both = zip(robust_scores(losses), robust_scores(grad_norms), strict=True)
+    return [i for i, (loss, norm) in enumerate(both) if min(loss, norm) > JOINT_ALERT]
+
+
+def spike_share(values: Sequence[float]) -> float:
+    """The spike score of a curve, 0 to 1."""
+    found = SigmaSpikes()
+    for x in values:
+        found.of(x)
+    return found.share
+
+
+def diverged_at(losses: Sequence[float]) -> int | None:
+    """Index of the step by which the run had diverged, or None."""
+    found = Divergence()
+    return next((i for i, loss in enumerate(losses) if found.of(loss)), None)

@@ -24,6 +24,8 @@ _BLOCK, _HEADER, _PREFIX, _MAGIC = 1 << 15, 7, 7, b":W&B"
 _WHOLE, _LAST = 1, 4
 ONLINE = "wandb:"
 _AXES = ("step", "tokens")
+# First parts of the instruments' names (docs/instruments.md)
+_INSTRUMENTS = ("stability", "quant", "optim", "weights", "attention")
 
 
 def messages(path: Path) -> Iterator[bytes]:
@@ -95,16 +97,15 @@ def _attempt(path: Path) -> dict[str, Any]:
 
 
 def _split(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl and instruments.jsonl that one row of W&B holds; it merges those of a step."""
+    """The rows of metrics.jsonl that one row of W&B holds, and, of the kind "sample", the instruments' numbers; W&B
+    merges all that is logged in a step."""
     if row.get("step") is None:
         return
     axes = {key: row.get(key) for key in _AXES}
     train = {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")}
     val = {f"val_{k.removeprefix('val/')}": v for k, v in row.items() if k.startswith("val/")}
-    others = {
-        k: v for k, v in row.items() if "/" in k and not k.startswith(("train/", "val/")) and _number(v)
-    }
-    for kind, values in (("train", train), ("val", val), ("instruments", others)):
+    others = {k: v for k, v in row.items() if k.split("/")[0] in _INSTRUMENTS and _number(v)}
+    for kind, values in (("train", train), ("val", val), ("sample", others)):
         if values:
             yield {"kind": kind, **axes, **values}
 
@@ -123,6 +124,14 @@ def merged(attempts: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, An
     return [kept[key] for key in sorted(kept, key=lambda k: k[1])]
 
 
+def _samples(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    return {
+        int(row["step"]): {k: float(v) for k, v in row.items() if "/" in k}
+        for row in rows
+        if row["kind"] == "sample"
+    }
+
+
 def _record(
     place: Path, name: str, config: Any, summary: Mapping[str, Any], rows: Any, ended: bool, label: str
 ) -> RunRecord:
@@ -133,7 +142,7 @@ def _record(
     final = summary.get("final", summary)
     numbers = {k.removeprefix("final/"): v for k, v in final.items() if not isinstance(v, Mapping)}
     tokens = float(config.get("batch_sequences", 0)) * float(config.get("sequence_tokens") or 0)
-    curves = curves_of(rows, tokens)
+    curves = curves_of(rows, tokens, _samples(rows))
     done = ended and "val_loss" in numbers and curves.last_step == config["steps"]
     verdict = {"outcome": "completed", "step": config["steps"]} if done else None
     state, problem = state_of(config, verdict, numbers if done else None, curves)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -140,6 +141,29 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
 
 
+def probed_step(
+    model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Module], Tensor], watch: Watch | None = None
+) -> dict[str, LayerProbe]:
+    """Runs ``probe(model) -> scalar loss`` forward and backward once, eagerly, and gives what was seen of the planned
+    layers that the model has. watch: sees the matrix products too. The model's parameters, gradients, random state, clock,
+    ranges and compiled code are left as they were."""
+    layers, counters = named_layers(model), report.clock.counters
+    kept, seen = counters.clone(), watch or Watch()
+    probes = {name: LayerProbe(layers[name], counters, seen) for name in report.plan if name in layers}
+    try:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            notes_put_back(model),
+            nullcontext() if watch is None else watch,
+        ):
+            gradients_of_probe(model, probe)
+    finally:
+        counters.copy_(kept)
+        for layer_probe in probes.values():
+            layer_probe.remove()
+    return probes
+
+
 def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Module], Tensor]) -> Census:
     """Run ``probe(model) -> scalar loss`` forward and backward once, eagerly, and look at every planned layer.
 
@@ -147,19 +171,8 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
     a planned layer takes no part is a failure of the census, and so is a layer that the model does not have (the
     names of a wrapped model differ) or that quantizes against the plan.
     """
-    layers, plan = named_layers(model), report.plan
-    watch = Watch()
-    counters = report.clock.counters
-    kept = counters.clone()
-    probes = {name: LayerProbe(layers[name], counters, watch) for name in plan if name in layers}
-    calls = _native_calls()
-    try:
-        with torch.compiler.set_stance("force_eager"), notes_put_back(model), watch:
-            gradients_of_probe(model, probe)
-    finally:
-        counters.copy_(kept)
-        for layer_probe in probes.values():
-            layer_probe.remove()
+    layers, watch, calls = named_layers(model), Watch(), _native_calls()
+    probes = probed_step(model, report, probe, watch)
     observations: list[Observation] = []
     if _native_calls() - calls != watch.native_calls:
         found = f"counts {_native_calls() - calls} executions where {watch.native_calls} products were seen"

@@ -29,6 +29,7 @@ class OracleOperand:
     source: [F, K] float32, what is to be quantized: transformed, and with folded scales multiplied in. values,
     scale: its grid values and scales, in the layout that ``spec`` tiles: [F, K], or [K, F] where ``transposed``
     (an operand of the forward in a backward GEMM). folded: whether its scales went into the other operand.
+    zero_point: like scale, None of a symmetric spec; ``values`` are less it.
     """
 
     source: Tensor
@@ -37,6 +38,7 @@ class OracleOperand:
     scale: Tensor | None
     transposed: bool = False
     folded: bool = False
+    zero_point: Tensor | None = None
 
     @property
     def multiplied(self) -> Tensor:
@@ -92,7 +94,7 @@ class _Operands:
         q = self.quantized(source, name, rows_are_contraction=rows_are_contraction)
         if q is None:
             return OracleOperand(source, None, source, None)
-        return OracleOperand(source, self.recipe.resolved(name), q.values, q.scale)
+        return OracleOperand(source, self.recipe.resolved(name), q.values, q.scale, zero_point=q.zero_point)
 
 
 def _reused(forward: OracleOperand, *, other_quantized: bool) -> tuple[OracleOperand, Tensor | None]:
@@ -100,7 +102,13 @@ def _reused(forward: OracleOperand, *, other_quantized: bool) -> tuple[OracleOpe
     assert forward.spec is not None and forward.scale is not None  # noqa: PT018
     folds = other_quantized and multiplies_codes(forward.spec) and forward.scale.numel() > 1
     operand = OracleOperand(
-        forward.source.t(), forward.spec, forward.values, forward.scale, transposed=True, folded=folds
+        forward.source.t(),
+        forward.spec,
+        forward.values,
+        forward.scale,
+        transposed=True,
+        folded=folds,
+        zero_point=forward.zero_point,
     )
     return operand, forward.scale.t() if folds else None
 

@@ -224,6 +224,14 @@ class AdamW(Optimizer):
                 noise = _noise(layout, name, group["seed"], step, shard.start + start, values)
                 layout.write(held, values, rows, noise, over_shards)
 
+    def state_layouts(self, p: Tensor) -> tuple[StateLayout, StateLayout]:
+        """How the two moments of p, or of its local rows, lie in ``state[p]``. Raises KeyError where p is not optimized
+        here."""
+        for name, q, group in self._named_parameters():
+            if q is p:
+                return self._local_layouts(p, group, row_shard(name, p))
+        raise KeyError("the tensor is not a parameter of this optimizer")
+
     def decode_states(self, p: Tensor) -> dict[str, Tensor]:
         """The moments of p as the next step will see them: {"exp_avg", "exp_avg_sq"}, float32 copies of the shape of
         p, or of its local rows where it is sharded.

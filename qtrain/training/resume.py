@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from qtrain.analysis.instrument_records import INSTRUMENTS, rewound_instruments
+
 from .assembly import Assembly
 from .callbacks.metrics_jsonl import METRICS, rewound_metrics
 from .checkpoints import CheckpointError, load_checkpoint, remove_leftovers, verified
@@ -173,6 +175,7 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
     # Whatever may be refused is read before anything is changed
     attempts = [] if finished else _attempts(folder)
     metrics = None if finished else _metrics(folder / METRICS, step, steps, attempts)
+    instruments = None if finished else rewound_instruments(folder / INSTRUMENTS, step)
     for path, _ in refused:
         _set_aside(path)
     sentences = tuple(sentence for _, sentence in refused)
@@ -183,6 +186,8 @@ def _in_place(parts: Assembly, folder: Path, data: Mapping[str, Any], held: Exit
     (folder / VERDICT).unlink(missing_ok=True)
     if metrics is not None:
         write_text(folder / METRICS, metrics)
+    if instruments is not None:
+        write_text(folder / INSTRUMENTS, instruments)
     return start
 
 

@@ -1,6 +1,6 @@
 """The folder of a run, and how files get into it: whole or not at all.
 
-config.yaml versions.json attempts.jsonl surgery.txt census.json metrics.jsonl checkpoints/ wandb/
+config.yaml versions.json attempts.jsonl surgery.txt census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
 window_losses.npy loss.png sample.txt summary.json verdict.json
 
 attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt

@@ -20,6 +20,7 @@ from .run_folder import versions
 
 MODES = ("auto", "online", "offline")
 KINDS = ("wandb", "none")
+KINDS_OF_METRICS = ("train", "val", "stability", "quant", "optim", "weights", "attention")
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
@@ -93,6 +94,6 @@ def make_logger(
         ),
     )
     run.define_metric("tokens")
-    for kind in ("train", "val"):
+    for kind in KINDS_OF_METRICS:
         run.define_metric(f"{kind}/*", step_metric="tokens")
     return WandbLogger(experiment=run)

@@ -116,7 +116,7 @@ def write_curve_run(
             rows.append({"kind": "val", "step": i, "tokens": 32 * i, "val_loss": shown(validation[i])})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if instruments:
-        text = "".join(json.dumps({"kind": "instruments", **row}) + "\n" for row in instruments)
+        text = "".join(json.dumps(sample(row)) + "\n" for row in instruments)
         (folder / "instruments.jsonl").write_text(text)
     if observations:
         (folder / "census.json").write_text(json.dumps({"eager": {"observations": list(observations)}}))
@@ -134,6 +134,16 @@ def write_curve_run(
         if windows is not None:
             np.save(folder / "window_losses.npy", windows.astype(np.float32))
     return folder
+
+
+def sample(row: dict[str, Any]) -> dict[str, Any]:
+    """{"step": 1, "a/b/c": 2.0} as instruments.jsonl has it."""
+    values: dict[str, dict[str, float]] = {}
+    for name, value in row.items():
+        if name != "step":
+            prefix, _, metric = name.rpartition("/")
+            values.setdefault(prefix, {})[metric] = value
+    return {"kind": "sample", "step": row["step"], "tokens": 32 * row["step"], "values": values}
 
 
 def shown(value: float) -> float | str:
