@@ -40,7 +40,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "hydra": ("commands", "top"),
     "omegaconf": ("commands", "top"),
     "bitsandbytes": ("qtrain/optim/bnb.py",),
-    "wandb": ("training", "qtrain/analysis/comparison.py"),
+    "wandb": ("training", "qtrain/analysis/wandb_runs.py"),
     "triton": ("kernels",),
 }
 BAD_NAMES = ("utils.py", "helpers.py", "misc.py", "common.py")
@@ -181,7 +181,7 @@ def test_a_breach_is_found(path: str, source: str, expected: str) -> None:
             "from qtrain_kernels.counter_hash import uniform\nimport math, torch\nfrom . import spec",
         ),
         ("qtrain/optim/bnb.py", "import bitsandbytes"),
-        ("qtrain/analysis/comparison.py", "import wandb\nfrom qtrain.data import shards"),
+        ("qtrain/analysis/wandb_runs.py", "import wandb\nfrom qtrain.data import shards"),
         ("qtrain/training/a.py", "import lightning, wandb\nfrom qtrain.nn.surgery import apply_recipe"),
         ("qtrain/commands/a.py", "import hydra\nfrom qtrain.training.fit import train"),
         ("qtrain/cli.py", "import hydra\nfrom qtrain.commands import ENTRIES"),
@@ -196,7 +196,17 @@ def test_what_is_allowed_passes(path: str, source: str) -> None:
     assert breaches({path: source}) == []
 
 
-HEAVY = ("wandb", "datasets", "bitsandbytes", "lightning", "transformers", "pyarrow", "triton", "hydra")
+HEAVY = (
+    "wandb",
+    "datasets",
+    "bitsandbytes",
+    "lightning",
+    "transformers",
+    "pyarrow",
+    "triton",
+    "hydra",
+    "plotly",
+)
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 room = importlib.import_module(sys.argv[1])

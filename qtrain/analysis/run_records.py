@@ -11,22 +11,29 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .spikes import DIVERGED_NATS, spike_steps
+import numpy as np
+from numpy.typing import NDArray
+
+from . import curve_scores
+from .curves import Curves, curves_of
+from .instrument_records import INSTRUMENTS, Alert, read_instruments
+from .spikes import DIVERGED_NATS
 
 _METRICS, _SUMMARY, _VERDICT, _CONFIG = "metrics.jsonl", "summary.json", "verdict.json", "config.yaml"
+_WINDOWS, _CENSUS = "window_losses.npy", "census.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunRecord:
     """state: see above. problem: a sentence on why it is not ``completed``. config: the run's own; summary: its numbers
-    (empty unless it completed). losses: of every step; validation: (step, nats per token). clip_share: of the steps.
-    tokens_per_s: the median step's."""
+    (empty unless it completed). verdict: verdict.json. window_losses: [n] nats a token of the final validation's
+    windows, where they were kept. observations: of the census, the quantized operands'. alerts: of the instruments, as it trained."""
 
     folder: Path
     name: str
@@ -35,11 +42,11 @@ class RunRecord:
     problem: str | None
     config: Mapping[str, Any] = field(repr=False)
     summary: Mapping[str, Any] = field(repr=False)
-    losses: tuple[float, ...] = field(repr=False)
-    validation: tuple[tuple[int, float], ...] = field(repr=False)
-    clip_share: float | None
-    tokens_per_s: float | None
-    spikes: tuple[int, ...]
+    curves: Curves = field(repr=False)
+    verdict: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    window_losses: NDArray[np.float64] | None = field(repr=False, default=None)
+    observations: tuple[Mapping[str, Any], ...] = field(repr=False, default=())
+    alerts: tuple[Alert, ...] = field(repr=False, default=())
 
     @property
     def completed(self) -> bool:
@@ -48,6 +55,26 @@ class RunRecord:
     @property
     def val_loss(self) -> float:
         return float(self.summary["val_loss"])
+
+    @property
+    def clip_share(self) -> float | None:
+        """Of the steps."""
+        return self.curves.clip_share
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The median step's."""
+        return self.curves.median_tokens_per_s
+
+    @cached_property
+    def loss_scores(self) -> NDArray[np.float64]:
+        """[n]: of every step (``curve_scores.robust_scores``)."""
+        return curve_scores.robust_scores(self.curves.loss)
+
+    @cached_property
+    def spikes(self) -> tuple[int, ...]:
+        """Indices of the steps whose loss is a spike (``curve_scores.py``)."""
+        return tuple(curve_scores.spikes(self.loss_scores))
 
 
 def _json(path: Path) -> Any:
@@ -67,31 +94,45 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def unreadable(folder: Path, error: Exception) -> RunRecord:
+    """The record of files that are not those of a run."""
+    problem = f"its files are not those of a run ({type(error).__name__}: {error})"
+    return RunRecord(folder, folder.parent.name, -1, "unreadable", problem, {}, {}, curves_of([], 0))
+
+
 def read_run(folder: Path) -> RunRecord:
     """The record of one run; one that cannot be read is a record too, with its folder's names."""
     try:
         return _read(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        problem = f"its files are not those of a run ({type(error).__name__}: {error})"
-        nothing: dict[str, Any] = {}
-        return RunRecord(
-            folder, folder.parent.name, -1, "unreadable", problem, nothing, nothing, (), (), None, None, ()
-        )
+        return unreadable(folder, error)
 
 
-def _read(folder: Path) -> RunRecord:
+def _config(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
+        # libyaml's loader, where it was built, reads the same ten times as fast
+        config = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"{_CONFIG}: {error}") from error
-    rows, verdict = _rows(folder / _METRICS), _json(folder / _VERDICT)
-    train = [row for row in rows if row["kind"] == "train"]
-    losses = tuple(float(row["loss"]) for row in train)
-    validation = tuple((int(row["step"]), float(row["val_loss"])) for row in rows if row["kind"] == "val")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{_CONFIG} holds no configuration")
+    return config
+
+
+def _windows(path: Path) -> NDArray[np.float64] | None:
+    return np.load(path, allow_pickle=False).astype(np.float64).ravel() if path.is_file() else None
+
+
+def _read(folder: Path) -> RunRecord:
+    config, verdict = _config(folder / _CONFIG), _json(folder / _VERDICT)
+    rows, instruments = _rows(folder / _METRICS), read_instruments(folder / INSTRUMENTS)
+    step_tokens = float(config.get("batch_sequences", 0)) * float(config.get("sequence_tokens") or 0)
+    curves = curves_of(rows, step_tokens, instruments.samples)
     summary = _json(folder / _SUMMARY) if verdict and verdict["outcome"] == "completed" else None
-    state, problem = _state(config, verdict, summary, validation, len(losses))
+    state, problem = state_of(config, verdict, summary, curves)
+    census = _json(folder / _CENSUS) or {"eager": {"observations": []}}
     return RunRecord(
         folder=folder,
         name=str(config["name"]),
@@ -100,28 +141,29 @@ def _read(folder: Path) -> RunRecord:
         problem=problem,
         config=config,
         summary=summary or {},
-        losses=losses,
-        validation=validation,
-        clip_share=statistics.fmean(bool(row["clipped"]) for row in train) if train else None,
-        tokens_per_s=statistics.median(row["tokens_per_s"] for row in train) if train else None,
-        spikes=tuple(spike_steps(losses)),
+        curves=curves,
+        verdict=verdict or {},
+        window_losses=_windows(folder / _WINDOWS) if state == "completed" else None,
+        alerts=instruments.alerts,
+        observations=tuple(o for o in census["eager"]["observations"] if o["levels"] is not None),
     )
 
 
-def _state(
-    config: Mapping[str, Any],
-    verdict: Any,
-    summary: Any,
-    validation: tuple[tuple[int, float], ...],
-    steps: int,
-) -> tuple[str, str | None]:
+def state_of(config: Mapping[str, Any], verdict: Any, summary: Any, curves: Curves) -> tuple[str, str | None]:
+    """(state, problem), see above. verdict, summary: None where the run has none."""
+    steps = curves.last_step
     if verdict is None:
         return "unfinished", f"no verdict after step {steps} of {config['steps']}: killed, or still running"
     if verdict["outcome"] != "completed":
         return "stopped", f"{verdict['outcome']} at step {verdict['step']}: {verdict['message']}"
     if summary is None:
         return "unreadable", f"it completed and has no {_SUMMARY}"
-    final, best = float(summary["val_loss"]), min((loss for _, loss in validation), default=math.inf)
+    if steps != verdict["step"] or len(curves) != steps - int(curves.step[0]) + 1:
+        return "unreadable", (
+            f"it completed {verdict['step']} steps, and {_METRICS} has {len(curves)} rows up to step {steps}: the "
+            "file was cut or altered"
+        )
+    final, best = float(summary["val_loss"]), float(np.min(curves.val_loss, initial=math.inf))
     if not math.isfinite(final):
         return "diverged", f"its validation loss is {final}"
     if final > best + DIVERGED_NATS:

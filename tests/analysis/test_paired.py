@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
-from qtrain.analysis.paired import paired, student_t
+from qtrain.analysis.paired import paired, sign_test, student_t, window_interval
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,43 @@ def test_how_many_seeds_would_tell() -> None:
     found = paired(values, dict.fromkeys(values, 0.0))
     assert found.seeds_to_tell(0.3) == 7
     assert found.seeds_to_tell(0.2) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "p", "attainable"),
+    [
+        ([0.1, 0.2, 0.3], 0.25, 0.25),
+        ([0.1, 0.2, -0.3], 1.0, 0.25),
+        ([0.1] * 6, 0.03125, 0.03125),
+        ([0.1] * 9 + [-1.0], 22 / 1024, 2 / 1024),  # 2 (C(10,0) + C(10,1)) / 2^10
+        ([0.0, 0.1], 1.0, 1.0),  # a zero has no sign
+        ([], 1.0, 1.0),
+    ],
+)
+def test_the_sign_test_and_what_it_can_say(values, p: float, attainable: float) -> None:
+    found = sign_test(values)
+    assert (found.p, found.attainable) == (pytest.approx(p), pytest.approx(attainable))
+
+
+def test_the_interval_over_windows_is_that_of_gaussian_means() -> None:
+    """Of many windows the percentile interval is mean +- 1.96 sd / sqrt(n)."""
+    draw = np.random.default_rng(3)
+    reference = draw.normal(3.0, 1.0, 400)
+    treated = reference + draw.normal(0.05, 0.2, 400)
+    mean, low, high = window_interval(treated, reference)
+    difference = treated - reference
+    half = 1.96 * difference.std() / 20
+    assert mean == pytest.approx(difference.mean())
+    assert low == pytest.approx(mean - half, abs=0.12 * half)
+    assert high == pytest.approx(mean + half, abs=0.12 * half)
+    # Paired: the spread of the windows themselves (1 nat) does not enter
+    assert high - low < 0.05
+    narrow = window_interval(treated, reference, 0.5)
+    assert narrow[2] - narrow[1] == pytest.approx((high - low) * 0.6745 / 1.96, rel=0.1)
+
+
+def test_windows_that_are_not_the_same_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same in both runs"):
+        window_interval(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="not finite"):
+        window_interval(np.array([1.0, math.nan]), np.ones(2))

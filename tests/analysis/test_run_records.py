@@ -14,8 +14,9 @@ def test_a_completed_run(tmp_path) -> None:
     run = read_run(write_run(tmp_path, "a", 4, 2.5, spikes=(70,), clipped_every=4, tokens_per_s=123.0))
     assert (run.state, run.problem, run.name, run.seed, run.val_loss) == ("completed", None, "a", 4, 2.5)
     assert (run.clip_share, run.tokens_per_s, run.spikes) == (0.25, 123.0, (70,))
-    assert run.validation == ((50, 2.6), (100, 2.5))
-    assert len(run.losses) == 100
+    curves = run.curves
+    assert (curves.val_step.tolist(), curves.val_loss.tolist()) == ([50, 100], [2.6, 2.5])
+    assert (len(curves), curves.loss[70], curves.tokens[-1]) == (100, 5.01, 3200)
 
 
 @pytest.mark.parametrize(
