@@ -1,6 +1,6 @@
 """qtrain analyze: what quantization does at a checkpoint, at fixed weights on a fixed batch, in float32.
 
-    qtrain analyze gradients run=FOLDER recipes=[trained,'all_gemms w=int4_row',quest_w4a4]
+    qtrain analyze gradients run=FOLDER "recipes=[trained,'all_gemms w=int4_row',quest_w4a4]"
     qtrain analyze sharpness run=[FOLDER,FOLDER]
 
 gradients: cosine, magnitude alignment, bias and variance over draws of y, dx and dW against high precision, layer by layer.
