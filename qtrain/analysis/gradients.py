@@ -134,7 +134,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 @dataclass
-class _Pass:
+class Pass:
     """One forward and backward: of each layer its x, y, g and dx (joined where it is called more than once), and the
     gradient of each parameter."""
 
@@ -155,7 +155,7 @@ class _Pass:
 
 
 @contextmanager
-def _recorded(layers: Mapping[str, nn.Module], into: _Pass) -> Iterator[None]:
+def _recorded(layers: Mapping[str, nn.Module], into: Pass) -> Iterator[None]:
     def after_forward(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             into.x.setdefault(name, []).append(inputs[0].detach())
@@ -183,8 +183,9 @@ def _recorded(layers: Mapping[str, nn.Module], into: _Pass) -> Iterator[None]:
             handle.remove()
 
 
-def _run(model: nn.Module, loss_of: LossOf) -> _Pass:
-    found = _Pass()
+def record_pass(model: nn.Module, loss_of: LossOf) -> Pass:
+    """A forward and backward of ``model``, whose gradients are then those of this loss alone."""
+    found = Pass()
     model.zero_grad(set_to_none=True)
     with _recorded(linear_layers(model), found), warnings.catch_warnings():
         # A layer that reads the data has no dx; torch says so at each backward
@@ -196,7 +197,7 @@ def _run(model: nn.Module, loss_of: LossOf) -> _Pass:
     return found
 
 
-def _alone(model: nn.Module, reference: _Pass) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def _alone(model: nn.Module, reference: Pass) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Each layer by itself on the reference's x and g: its (name, GEMM) and result, flat."""
     for name, layer in linear_layers(model).items():
         results: dict[str, list[Tensor]] = {gemm: [] for gemm in GEMMS}
@@ -237,7 +238,7 @@ class _Study:
         self.model = copy.deepcopy(model).eval()
         self.loss_of, self.seed = loss_of, seed
         apply_recipe(self.model, ModelRecipe())
-        self.reference = _run(self.model, loss_of)
+        self.reference = record_pass(self.model, loss_of)
         self.alone = dict(_alone(self.model, self.reference))
         names = {id(p): n for n, p in self.model.named_parameters()}
         layers = linear_layers(self.model)
@@ -255,7 +256,7 @@ class _Study:
         loss = math.nan
         for draw in range(draws):
             report.clock.set(step=draw)
-            seen = _run(self.model, self.loss_of)
+            seen = record_pass(self.model, self.loss_of)
             loss = seen.loss if draw == 0 else loss
             for key, tensor in seen.results().items():
                 results[key].add(tensor)
