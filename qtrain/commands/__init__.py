@@ -16,6 +16,8 @@ ENTRIES: dict[str, tuple[str, str]] = {
     "evaluate": ("qtrain.commands.evaluate", "measure the loss of a trained model on held-out text"),
     "generate": ("qtrain.commands.generate", "continue a text with a trained model"),
     "export": ("qtrain.commands.export", "write a trained run as a model folder of Hugging Face's layout"),
+    "analyze": ("qtrain.commands.analyze", "gradients and sharpness at a checkpoint, under any recipes"),
+    "verify": ("qtrain.commands.verify", "measure what papers claim of low-precision training"),
     "ladder": ("qtrain.commands.ladder", "which rung of a ladder of precisions to adopt, on one page"),
     "compare": ("qtrain.commands.compare", "hold runs against a baseline: gaps, stability, verdicts, gates"),
     "doctor": ("qtrain.commands.doctor", "what this machine has, what is missing and how to get it"),
