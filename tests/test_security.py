@@ -36,6 +36,8 @@ BY_NAME = {"importlib.import_module", "hydra.utils.instantiate", "hydra.utils.ca
 ALLOWED = {
     "qtrain/training/launcher.py": {"socket"},  # asks the kernel for a free port of this machine
     "qtrain/cli.py": {"importlib.import_module"},
+    # libyaml's safe loader, which yaml.safe_load does not take
+    "qtrain/analysis/run_records.py": {"yaml.load", "yaml.CSafeLoader", "yaml.SafeLoader"},
     "qtrain/data/optional_libraries.py": {"importlib.import_module"},
     "qtrain/training/assembly.py": {"importlib.import_module"},
     "qtrain/training/worker.py": {"importlib.import_module"},
@@ -115,7 +117,7 @@ def breaches(path: str, text: str) -> list[str]:
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
             used = dotted(node, names)
             if used in RUNNERS | CALLS | (BY_NAME - allowed) or (
-                used.startswith("yaml.") and used not in YAML
+                used.startswith("yaml.") and used not in YAML | allowed
             ):
                 said.append(f"uses {used}")
         found += [f"{path}:{node.lineno}: {what}" for what in said]
