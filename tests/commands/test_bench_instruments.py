@@ -1,0 +1,23 @@
+"""The share of a run's time, on times that were made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtrain.commands.bench_instruments import WARMUP_STEPS, overhead, table
+
+
+def test_a_sample_of_three_steps_time_costs_two_per_cent() -> None:
+    """A sampled step of 3 s among steps of 1 s: 2 s more in 100."""
+    seconds = {step: 3.0 if step % 10 == 0 else 1.0 for step in range(1, 61)}
+    seconds |= dict.fromkeys(range(1, WARMUP_STEPS + 1), 500.0)  # which compile
+    seconds[33] = 400.0  # a save
+    found = overhead(seconds, [1, *range(10, 61, 10)])
+    assert found["share_at_100_steps"] == pytest.approx(0.02)
+    assert (found["samples"], found["steps"]) == (6, 55)
+    assert "2.00% of the run's time" in table({**found, "themes": ["quant"]})
+
+
+def test_too_few_samples_are_no_measurement() -> None:
+    with pytest.raises(ValueError, match="2 sampled and 53 plain"):
+        overhead(dict.fromkeys(range(1, 61), 1.0), [1, 10, 20])
