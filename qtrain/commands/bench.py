@@ -1,6 +1,6 @@
 """Time a training step (``qtrain bench step``), native training beside bf16 and fp32 (``bench train``), one linear
-layer (``bench linear``), the loader of its data (``bench data``, in ``bench_data``) or a kernel (``qtrain bench kernels
---op NAME``).
+layer (``bench linear``), the loader of its data (``bench data``, in ``bench_data``), the instruments of a run (``bench
+instruments run=FOLDER``) or a kernel (``qtrain bench kernels --op NAME``).
 
 A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
 in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import bench_linear
+from . import bench_instruments, bench_linear
 from .bench_fake_quant import fake_quantize_linears
 
 if TYPE_CHECKING:
@@ -71,9 +71,11 @@ def check(cfg: DictConfig) -> None:
         from . import bench_data
 
         return bench_data.check(cfg)
+    if cfg.what == "instruments":
+        return bench_instruments.check(cfg)
     if cfg.what not in ("step", "train", "linear"):
         raise ValueError(
-            f"what={cfg.what!r}: allowed are step, train, linear, data and kernels (qtrain bench kernels --help)"
+            f"what={cfg.what!r}: allowed are step, train, linear, data, instruments and kernels (qtrain bench kernels --help)"
         )
     arms = _arms(cfg)
     unknown = [arm for arm in arms if arm not in ARMS]
@@ -115,7 +117,11 @@ def run(cfg: DictConfig) -> int:
 
         return bench_data.run(cfg)
     device = _device(cfg)
-    found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
+    if cfg.what == "instruments":
+        found = bench_instruments.measured(Path(cfg.run))
+        text = bench_instruments.table(found)
+    else:
+        found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
     report = {**found, "settings": settings(cfg), **provenance(device)}
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"

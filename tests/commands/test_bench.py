@@ -54,7 +54,7 @@ def config(**changes: Any) -> DictConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"what": "stp"}, "what='stp': allowed are step, train, linear, data and kernels"),
+        ({"what": "stp"}, "what='stp': allowed are step, train, linear, data, instruments and kernels"),
         ({"arms": ["fast"]}, "allowed are unquantized_compiled, recipe_compiled"),
         ({"arms": []}, "allowed are"),
         ({"arms": ["unquantized_eager"] * 2}, "name each arm once"),

@@ -60,6 +60,7 @@ def test_the_folder_is_complete(finished):
         "surgery.txt",
         "census.json",
         "metrics.jsonl",
+        "instruments.jsonl",
         "loss.png",
         "sample.txt",
         "window_losses.npy",

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from qtrain.analysis.instrument_records import INSTRUMENTS, read_instruments
+from qtrain.nn.clock import Clock
 from qtrain.training.assembly import assemble
-from qtrain.training.callbacks.instrument import BatchSlice, Instrument, worst
+from qtrain.training.callbacks.instrument import BatchSlice, Instrument, untouched, worst
 from qtrain.training.fit import train
 
 from ..same_run import assert_same
@@ -113,3 +114,18 @@ def test_the_worst_is_a_number():
     assert worst({"a": 2.0, "b": math.nan, "c": 1.0}, least=True) == ("c", 1.0)
     assert worst({"a": 2.0, "b": math.nan, "c": 1.0}, least=False) == ("a", 2.0)
     assert math.isnan(worst({}, least=True)[1])
+
+
+def test_a_forward_beside_the_training_puts_the_clock_and_the_random_state_back():
+    clock = Clock(seed=5)
+    clock.set(step=3, token_offset=7)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with untouched(SimpleNamespace(surgery=SimpleNamespace(clock=clock))):
+        clock.set(step=9)
+        torch.manual_seed(2)
+        assert not torch.is_grad_enabled()
+    assert clock.counters.tolist() == [5, 3, 7]
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.is_grad_enabled()
