@@ -21,7 +21,7 @@ def test_claims_are_measured_once_and_the_page_is_written(tmp_path, capfd, monke
     assert "holds          mx_ceil" in out
     assert "2 holds" in out
     text = page.read_text()
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "### QuEST" in text
     assert "`qtrain verify only=[mx_ceil,quest_ternary]`: 2 holds." in text
     assert text.endswith(f"{END}\nend\n")

@@ -31,7 +31,7 @@ from qtrain.optim import AdamW, CosineSchedule, parameter_groups
 from qtrain.quant import ModelRecipe, QuantSpec, fake_quantize
 
 SEEDS = (0, 1, 2)
-# Of the trainings: the constants of METHODS' own measurement where they do not depend on the size
+# Of the trainings: those of configs/experiment/optimizer_states.yaml
 LR, BETAS, WEIGHT_DECAY, CLIP, WARMUP = 3e-3, (0.9, 0.95), 0.1, 1.0, 50
 TRAIN_BYTES, VAL_BYTES = 4_000_000, 200_000
 

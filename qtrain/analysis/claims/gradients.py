@@ -1,4 +1,4 @@
-"""Quantized gradients: direction, length, bias, and what averaging removes (METHODS section 1)."""
+"""Quantized gradients: direction, length, bias, and what averaging removes (arXiv 2407.11722)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qtrain.quant import (
 from .bench import SEEDS, Bench, quality
 from .claim import Claim, Measured
 
-SOURCE = "METHODS section 1; arXiv 2407.11722, gradients"
+SOURCE = "arXiv 2407.11722, gradients"
 DRAWS = 8
 
 

@@ -1,4 +1,4 @@
-"""What happens to Adam's moments in few bits (arXiv 2407.11722; METHODS section 1)."""
+"""What happens to Adam's moments in few bits (arXiv 2407.11722)."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ CLAIMS = (
     ),
     Claim(
         name="m2_signed_grid", says="A signed grid wastes half its codes on the second moment: one bit, 6 dB",
-        source="METHODS section 1, pitfalls", quantity="SQNR of uint8 over int8, dB",
+        source=PAPER, quantity="SQNR of uint8 over int8, dB",
         low=20 * math.log10(2) - 0.2, high=20 * math.log10(2) + 0.2, measure=signed_grid,
     ),
     Claim(

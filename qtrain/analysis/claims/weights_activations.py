@@ -1,4 +1,4 @@
-"""Weights and activations of a trained model in few bits (arXiv 2407.11722; METHODS section 1)."""
+"""Weights and activations of a trained model in few bits (arXiv 2407.11722)."""
 
 from __future__ import annotations
 
