@@ -103,13 +103,22 @@ def test_the_top_eigenvalue_of_a_known_spectrum(method):
 
 def test_the_largest_not_the_most_negative_one():
     spectrum = torch.tensor([-7.0, 3.0, 1.0, -1.0], dtype=torch.float64)
-    found = top_eigenvalue(at_its_minimum(spectrum), [lambda m: m.loss()], iterations=200)
-    assert found.value == pytest.approx(3.0, rel=1e-4)
+    for method in ("double_backward", "finite_differences"):
+        found = top_eigenvalue(at_its_minimum(spectrum), [lambda m: m.loss()], iterations=200, method=method)
+        assert found.value == pytest.approx(3.0, rel=1e-4)
 
 
 def test_residual_says_when_it_has_not_converged():
-    spectrum = torch.tensor([1.0, 0.99, 0.98, 0.5], dtype=torch.float64)
-    assert top_eigenvalue(at_its_minimum(spectrum), [lambda m: m.loss()], iterations=2).residual > 0.01
+    for method in ("double_backward", "finite_differences"):
+        found = top_eigenvalue(at_its_minimum(), [lambda m: m.loss()], iterations=2, method=method)
+        assert found.residual > 0.01
+        assert found.iterations == 2
+
+
+def test_lanczos_needs_a_product_for_each_eigenvalue_at_most():
+    found = top_eigenvalue(at_its_minimum(), [lambda m: m.loss()], method="double_backward", iterations=60)
+    assert found.value == pytest.approx(5.0, rel=1e-6)
+    assert found.iterations <= len(SPECTRUM)
 
 
 def quantized() -> tuple[nn.Module, torch.Tensor]:
