@@ -1,7 +1,7 @@
 """How long does `qtrain compare` take? Writes made-up runs (arms of five seeds, curves, instruments, windows), compares them by the
 command line, and prints the seconds and the size of the page.
 
-    python scripts/bench_compare.py --runs 500 --steps 2000 --folder /tmp/bench-compare
+    python scripts/bench_compare.py --runs 500 --steps 2000 --folder bench-compare
 """
 
 from __future__ import annotations

@@ -145,8 +145,16 @@ def _publish(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint: it takes another name first, so that a kill leaves no half of one."""
+    removed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes what a killed writer left in ``folder``, and puts back a checkpoint that it was about to replace.
+    """Removes what a killed process left in ``folder``, and puts back a checkpoint that it was about to replace.
     Only for who holds the run's lock. Returns the names removed or put back."""
     found = []
     for path in sorted(folder.glob(".step-*.replaced")):
@@ -156,7 +164,7 @@ def remove_leftovers(folder: Path) -> list[str]:
             shutil.rmtree(path)
         else:
             path.rename(original)
-    for path in sorted(folder.glob(".step-*.partial")):
+    for path in sorted([*folder.glob(".step-*.partial"), *folder.glob(".step-*.removed")]):
         found.append(path.name)
         shutil.rmtree(path)
     return found

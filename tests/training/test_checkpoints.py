@@ -21,6 +21,7 @@ from qtrain.training.checkpoints import (
     checkpoints_in,
     load_checkpoint,
     read_manifest,
+    remove_checkpoint,
     remove_leftovers,
     verified,
     verify,
@@ -226,6 +227,27 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
             break
     assert failures >= 10
     verify(tmp_path / "step-000006")
+
+
+def test_a_removal_that_is_killed_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    """After any number of the files that it removes."""
+    for done in range(3):
+        first, second = write(tmp_path, 3), write(tmp_path, 6)
+        unlink, calls = os.unlink, []
+
+        def killed(path, *args, unlink=unlink, calls=calls, done=done, **kwargs):
+            calls.append(path)
+            if len(calls) > done:
+                raise KeyboardInterrupt
+            unlink(path, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                remove_checkpoint(first)
+        assert checkpoints_in(tmp_path) == [second]
+        assert remove_leftovers(tmp_path) == [".step-000003.removed"]
+        assert [p.name for p in tmp_path.iterdir()] == ["step-000006"]
 
 
 def test_killed_writers_leave_whole_checkpoints_only(tmp_path):

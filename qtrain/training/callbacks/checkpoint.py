@@ -29,7 +29,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from qtrain import interrupts
 from qtrain.data.shards import ShardError
 
-from ..checkpoints import checkpoint_name, checkpoints_in, load_checkpoint, step_of, write_checkpoint
+from ..checkpoints import (
+    checkpoint_name,
+    checkpoints_in,
+    load_checkpoint,
+    remove_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from ..run_folder import CHECKPOINTS
 from ..verdict import RunStopped, Verdict
 
@@ -87,7 +94,7 @@ class CheckpointWriter(CheckpointIO):
         return load_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        shutil.rmtree(path)
+        remove_checkpoint(Path(path))
 
     def teardown(self) -> None:
         self.wait()
@@ -259,7 +266,7 @@ class Checkpoints(Callback):
         for path in checkpoints_in(place)[self.keep :]:
             step = step_of(path)
             if self.keep_every_steps is None or step is None or step % self.keep_every_steps:
-                shutil.rmtree(path)
+                remove_checkpoint(path)
 
 
 def _interrupted(signum: int, step: int, path: Path) -> Verdict:
