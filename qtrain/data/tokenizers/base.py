@@ -117,7 +117,8 @@ class Tokenizer(ABC):
         return tokenizer_from_state, (self.state(),)
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``folder``, whole or not at all. Does nothing where it holds this very tokenizer already.
+        """Writes ``folder``, whole or not at all. Does nothing where it holds this very tokenizer already. One process
+        at a time.
 
         Raises TokenizerError where it holds something else, OSError as the disk does.
         """
@@ -130,7 +131,8 @@ class Tokenizer(ABC):
                     f"{folder} holds another tokenizer than {self.name!r}; remove that folder"
                 )
             return
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        # Always the same name: what a killed writer left goes with the next attempt
+        partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)

@@ -107,6 +107,27 @@ def test_another_tokenizer_does_not_take_the_folder(tmp_path):
         TOKENIZERS["bpe"].save(tmp_path / "t")
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_attempt(tmp_path, monkeypatch):
+    import os
+    import shutil
+
+    tokenizer = get_tokenizer("byte")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # a kill runs no handler either
+        patched.setattr(os, "fsync", killed)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.save(tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    tokenizer.save(tmp_path / "tokenizer")
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
+    assert load_tokenizer(tmp_path / "tokenizer").digest == tokenizer.digest
+
+
 def test_altered_contents_are_refused(tmp_path):
     TOKENIZERS["tiktoken"].save(tmp_path / "t")
     ranks = tmp_path / "t" / "ranks.tiktoken"
