@@ -193,3 +193,16 @@ def test_what_cannot_be_measured_does_not_pass(tmp_path: Path) -> None:
 def test_gates_that_cannot_be(gates: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Gates(**gates)
+
+
+def test_a_run_that_was_lost_before_its_first_validation_is_in_no_average(tmp_path: Path) -> None:
+    """Its final loss is its best: what its folder says is "completed"."""
+    records = pair_of_arms(tmp_path, {0: 0.02, 1: 0.03})
+    lost = healthy_losses(STEPS, 2) + np.where(np.arange(STEPS) < 4, 0.0, 500.0)
+    for name, losses, more in (("base", healthy_losses(STEPS, 2), {}), ("arm", lost, QUANTIZED)):
+        records.append(read_run(write_curve_run(tmp_path, name, 2, losses, **more)))
+    assert records[-1].state == "completed"
+    arm = compare(records).arms[1]
+    assert arm.health[2].verdict == "diverged"
+    assert set(arm.gap.differences) == {0, 1}
+    assert arm.val_loss < 3
