@@ -23,7 +23,7 @@ LOW_GRADIENT_DB = 10 * math.log10(3)
 # A fall of the SQNR by more than this points at an operand: half a bit (6.02 dB a bit)
 FALL_DB = 3.0
 # Attention logits above this saturate softmax (arXiv 2302.05442, section 2.2: logits grew beyond, and training diverged;
-# MuonClip, arXiv 2507.20534, caps them at 100)
+# where Kimi K2 begins to shrink queries and keys, arXiv 2507.20534, section 2.1)
 MAX_LOGIT = 100.0
 # Nearly no code of a moment changes from step to step: of 8-bit EMA states with beta 0.95 several percent always do
 STALLED_SHARE = 0.99

@@ -137,3 +137,12 @@ def _remove_unless_alive(handle: int, lock: Path) -> bool:
     with suppress(OSError):
         lock.unlink(missing_ok=True)
     return existed
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the disk keep the names in ``folder``: without it a power cut may undo a rename. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

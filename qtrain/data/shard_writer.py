@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtrain.data.manifest import MANIFEST, SPLITS, TOKENIZER, Manifest, ShardInfo, SplitInfo, token_dtype
-from qtrain.data.partial_folders import partial_folder, remove_stale
+from qtrain.data.partial_folders import partial_folder, remove_stale, sync_folder
 from qtrain.data.tokenizers import Tokenizer
 
 # 2^28 uint16 tokens are 512 MiB: few files for large corpora, and each still copies and hashes in seconds.
@@ -141,14 +141,6 @@ class ShardWriter:
             writer.abandon()
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _publish(partial: Path, directory: Path) -> None:
     """Renames ``partial`` to ``directory``; where another process was first, its directory stays."""
     try:
@@ -156,7 +148,7 @@ def _publish(partial: Path, directory: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (directory / MANIFEST).is_file():
             raise
-    _fsync_folder(directory.parent)
+    sync_folder(directory.parent)
 
 
 @contextmanager
@@ -192,5 +184,5 @@ def write_shards(
                 file.write(json.dumps(asdict(manifest), indent=1))
                 file.flush()
                 os.fsync(file.fileno())
-            _fsync_folder(partial)
+            sync_folder(partial)
             _publish(partial, directory)

@@ -29,6 +29,8 @@ from typing import IO, Any
 
 import torch
 
+from qtrain.data.partial_folders import sync_folder
+
 WEIGHTS, TRAINING, MANIFEST = "weights.pt", "training.pt", "manifest.json"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -97,14 +99,6 @@ def _write_part(path: Path, part: Mapping[str, Any]) -> dict[str, Any]:
     return {"bytes": hashed.bytes, "sha256": hashed.digest.hexdigest()}
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], *, step: int, tokens: int) -> Path:
     """Publishes ``folder/step-NNNNNN`` and returns it. checkpoint: containers, numbers, strings and tensors, the
     model's under ``state_dict``.
@@ -127,7 +121,7 @@ def write_checkpoint(folder: Path, checkpoint: Mapping[str, Any], *, step: int, 
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(partial)
+        sync_folder(partial)
         _publish(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +135,7 @@ def _publish(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)  # a folder cannot be renamed onto one with files in it
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

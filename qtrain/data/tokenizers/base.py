@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtrain.data.manifest import token_dtype
+from qtrain.data.partial_folders import sync_folder
 
 ABOUT = "about.json"
 
@@ -141,17 +142,9 @@ class Tokenizer(ABC):
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-            _sync(partial)
+            sync_folder(partial)
             partial.rename(folder)
-            _sync(folder.parent)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

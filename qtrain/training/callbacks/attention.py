@@ -13,15 +13,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from qtrain.analysis.blame import MAX_LOGIT
 from qtrain.analysis.tensor_statistics import z_loss
 from qtrain.nn.census import named_layers
 from qtrain.nn.quantizers import notes_put_back
 
 from ..module import QuantizedTransformer
 from .instrument import BatchSlice, Instrument, check_sequences, untouched, worst
-
-# Where Kimi K2 begins to shrink queries and keys (arXiv 2507.20534, section 2.1)
-MAX_LOGIT = 100.0
 
 
 def max_logit(q: Tensor, k: Tensor) -> float:
