@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import bench_instruments, bench_linear
+from . import bench_instruments, bench_linear, bench_linear_cuda
 from .bench_fake_quant import fake_quantize_linears
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def check(cfg: DictConfig) -> None:
         return bench_data.check(cfg)
     if cfg.what == "instruments":
         return bench_instruments.check(cfg)
+    if cfg.what == "linear" and _device(cfg) == "cuda":
+        return bench_linear_cuda.check(cfg)
     if cfg.what not in ("step", "train", "linear"):
         raise ValueError(
             f"what={cfg.what!r}: allowed are step, train, linear, data, instruments and kernels (qtrain bench kernels --help)"
@@ -117,15 +119,22 @@ def run(cfg: DictConfig) -> int:
 
         return bench_data.run(cfg)
     device = _device(cfg)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
+    report = {"settings": settings(cfg), **provenance(device)}
+
+    def save(found: dict[str, Any]) -> None:
+        report.update(found)
+        write_atomically(path, json.dumps(report, indent=1))
+
     if cfg.what == "instruments":
         found = bench_instruments.measured(Path(cfg.run))
         text = bench_instruments.table(found)
+    elif cfg.what == "linear":
+        found, text = bench_linear_cuda.measured(cfg, save) if device == "cuda" else _linear(cfg)
     else:
-        found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
-    report = {**found, "settings": settings(cfg), **provenance(device)}
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
-    write_atomically(path, json.dumps(report, indent=1))
+        found, text = _steps(cfg, device)
+    save(found)
     print(text)
     shown = ("device", "threads", "cpu_kernels", "torch", "triton", "commit")
     print(", ".join(f"{k} {report[k]}" for k in shown))
