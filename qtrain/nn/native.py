@@ -17,7 +17,6 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,55 +25,11 @@ from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtrain.quant import LinearRecipe, QuantSpec
-from qtrain.quant.formats.integer import IntegerFormat
-from qtrain.quant.ranges import MIN_SCALE
+from qtrain.quant import LinearRecipe
 
 from .clock import Draws
 from .gemm import GemmOperand, quantized_gemm
-
-OPERANDS: Mapping[str, tuple[str, str]] = {
-    "fprop": ("fprop.input", "fprop.weight"),
-    "dgrad": ("dgrad.grad_output", "dgrad.weight"),
-    "wgrad": ("wgrad.grad_output", "wgrad.input"),
-}
-
-
-def obstacles(recipe: LinearRecipe) -> list[str]:
-    """What keeps the GEMMs of this recipe from running natively, a sentence each with its remedy; empty if nothing."""
-    found = []
-    for gemm, names in OPERANDS.items():
-        if getattr(recipe, gemm).transform is not None:
-            found.append(
-                f"{gemm}.transform={getattr(recipe, gemm).transform}: write none, or compute=simulated"
-            )
-        specs = {name: recipe.resolved(name) for name in names}
-        for name, spec in specs.items():
-            if spec is None and any(specs.values()):
-                found.append(f"{name}=none beside a quantized operand: write int8_row there, or none in both")
-            elif spec is not None and (problem := _unsupported(spec)):
-                found.append(f"{name}={spec}: {problem}")
-    return found
-
-
-def _unsupported(spec: QuantSpec) -> str:
-    number_format = spec.number_format
-    if not spec.symmetric or not isinstance(number_format, IntegerFormat) or not number_format.signed:
-        return "the GEMM multiplies symmetric integers, int2 ... int8; write int8_row"
-    if spec.granularity not in ("row", "tensor"):
-        return f"{spec.granularity} scales do not fold out of a GEMM; write {spec.format}_row or {spec.format}_tensor"
-    if spec.clip != "absmax":
-        return f"clip={spec.clip}: the kernel takes absmax"
-    if spec.estimator != "ste":
-        return f"estimator={spec.estimator}: the native path has ste"
-    if spec.scale_format != "float32" or spec.tensor_scale or spec.min_scale != MIN_SCALE:
-        return "the kernel has float32 scales, of at least 2^-100"
-    return ""
-
-
-def runs_natively(recipe: LinearRecipe, gemm: str) -> bool:
-    """Whether that GEMM of a native layer multiplies codes; else both of its operands are in high precision."""
-    return recipe.resolved(OPERANDS[gemm][0]) is not None
+from .native_ops import missing_on, runs_natively
 
 
 class Codes(NamedTuple):
@@ -239,10 +194,8 @@ class NativeLinear(torch.autograd.Function):
         dtype: torch.dtype,
         trains: bool,
     ) -> Tensor:
-        if x.device.type != "cpu":
-            raise RuntimeError(
-                f"compute=native has int8 kernels for the CPU alone, and x is on {x.device}: pass recipe.compute=simulated"
-            )
+        if missing := missing_on(x.device.type, recipe):
+            raise RuntimeError(f"compute=native: {missing}: pass recipe.compute=simulated")
         counters = None if counters is None else counters.clone()
         with torch.autocast(x.device.type, enabled=False):
             gemms = NativeGemms(recipe, Draws(counters, stream), dtype)

@@ -25,7 +25,7 @@ from qtrain.quant import LinearRecipe, QuantSpec
 
 from .clock import Draws
 from .linear import QuantizedLayer
-from .native import runs_natively
+from .native_ops import runs_natively
 from .oracle import OracleGemm, OracleOperand, linear_oracle
 from .probe import Call, LayerProbe, Product
 

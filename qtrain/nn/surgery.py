@@ -22,7 +22,7 @@ from qtrain.quant import LinearRecipe, ModelRecipe
 from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
 from .linear import QuantizedLayer, k_major
-from .native import obstacles
+from .native_ops import kinds_of, missing_on, obstacles
 
 
 @dataclass(frozen=True)
@@ -155,26 +155,27 @@ def _native_layers(
     planned = {name: layer for name, layer in plan.items() if layer is not None}
     if recipe.compute == "simulated" or not planned:
         return "simulated", set()
-    why = "" if device in ("cpu", "meta") else f"there is no int8 GEMM of ours for {device}"
-    able = {name for name, layer in planned.items() if not obstacles(layer)}
+    why = {name: obstacles(layer) for name, layer in planned.items()}
+    for name, layer in planned.items():
+        missing = "" if device == "meta" else missing_on(device, layer)
+        if not why[name] and missing:
+            why[name] = [missing]
     if recipe.compute == "native":
-        if why:
-            raise ValueError(f"compute=native: {why}; pass recipe.compute=simulated or device=cpu")
-        for name in planned:
-            if name not in able:
+        for name, found in why.items():
+            if found:
                 raise ValueError(
-                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(obstacles(planned[name]))}; or "
-                    f"exclude the layer, or pass recipe.compute=simulated"
+                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(found)}; or exclude the layer, "
+                    "or pass recipe.compute=simulated"
                 )
-        return f"native, int8 on {tier()}", able
-    if not why and not able:
-        why = obstacles(next(iter(planned.values())))[0]
-    elif not why and tier().library is None:
-        why = f"only torch's int8 GEMM is here: {tier().reason}"
-    if why:
-        return f"simulated ({why})", set()
+    able = {name for name, found in why.items() if not found}
+    slow = (
+        f"only torch's int8 GEMM is here: {tier().reason}" if device == "cpu" and not tier().library else ""
+    )
+    if not able or (recipe.compute == "auto" and slow):
+        return f"simulated ({slow if able else next(iter(why.values()))[0]})", set()
+    kinds = sorted({kind for name in able for kind in kinds_of(planned[name])}, reverse=True)
     others = f", {len(planned) - len(able)} layers simulated" if len(able) < len(planned) else ""
-    return f"native, int8 on {tier()}{others}", able
+    return f"native, {' and '.join(kinds)} on {tier() if device in ('cpu', 'meta') else device}{others}", able
 
 
 def apply_recipe(
