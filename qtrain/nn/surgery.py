@@ -23,18 +23,21 @@ from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
 from .linear import QuantizedLayer, k_major
 from .native_ops import kinds_of, missing_on, obstacles
+from .prologue import Prologue, sites
+from .shared_codes import SharedCodes
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision). Or a
     matrix outside of linear layers, of any shape and always in high precision. native: whether its GEMMs run on codes
-    or are simulated."""
+    or are simulated. recomputes: whether it owns the activation in front of it (``prologue``)."""
 
     name: str
     shape: tuple[int, ...]
     recipe: LinearRecipe | None
     native: bool = False
+    recomputes: bool = False
 
     @property
     def parameters(self) -> int:
@@ -95,7 +98,8 @@ class SurgeryReport:
                 transform = getattr(layer.recipe, gemm).transform
                 pair = f"{operands[2 * i]} | {operands[2 * i + 1]}"
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
-            saved = f"{layer.recipe.saved}, native" if layer.native else layer.recipe.saved
+            saved = "recomputed" if layer.recomputes else layer.recipe.saved
+            saved += ", native" if layer.native else ""
             table.add_row(layer.name, shape, *gemms, saved)
         simulated = self.simulated_only()
         if simulated:
@@ -178,6 +182,22 @@ def _native_layers(
     return f"native, {' and '.join(kinds)} on {tier() if device in ('cpu', 'meta') else device}{others}", able
 
 
+def _recomputing(
+    model: nn.Module, recipe: ModelRecipe, plan: dict[str, LinearRecipe | None]
+) -> dict[str, Prologue]:
+    """The layers that own the activation in front of them, and its function."""
+    if not recipe.recompute_activations:
+        return {}
+    found = {name: site.prologue for name, site in sites(model).items() if plan.get(name) is not None}
+    if not found:
+        raise ValueError(
+            f"recompute_activations=true: {type(model).__name__} has no quantized layer that alone reads an activation (a "
+            "module with read_by says where; Hugging Face's have none, and a norm between them is one reader more); "
+            "pass recompute_activations=false"
+        )
+    return found
+
+
 def apply_recipe(
     model: nn.Module, recipe: ModelRecipe, *, seed: int = 0, device: str | None = None
 ) -> SurgeryReport:
@@ -202,15 +222,26 @@ def apply_recipe(
     _check_outside(recipe, outside)
     device = device or next(iter(linears.values())).weight.device.type  # type: ignore[union-attr, assignment]
     compute, native = _native_layers(recipe, plan, linears, str(device))
-    clock = Clock(seed)
+    reading = _recomputing(model, recipe, plan)
+    clock, shared = Clock(seed), SharedCodes()
+    for name, site in sites(model).items():
+        site.set(deferred=name in reading)
     for name, layer in linears.items():
         layer_recipe = plan[name]
         if layer_recipe is not None:
-            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock, native=name in native)
+            QuantizedLayer.convert(
+                layer,
+                layer_recipe,
+                name=name,
+                clock=clock,
+                native=name in native,
+                prologue=reading.get(name),
+                shared=shared,
+            )
         elif isinstance(layer, QuantizedLayer):
             layer.revert()
     layers = [
-        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native)
+        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native, name in reading)
         for name, layer in linears.items()
     ]
     layers += [LayerReport(name, tuple(matrix.shape), None) for name, matrix in outside.items()]

@@ -222,9 +222,9 @@ def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert report.compute == f"simulated ({lacks})"
     monkeypatch.undo()
     apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
-    nothing = (None, None, model[0].recipe, 0, torch.float32, True)
+    nothing = (None, None, model[0].recipe, 0, torch.float32, True, None, None)
     with pytest.raises(RuntimeError, match="int8 on meta has no kernel of quantize_rows_columns"):
-        NativeLinear.apply(torch.zeros(3, 8, device="meta"), model[0].weight, *nothing)
+        NativeLinear.apply(torch.zeros(3, 8, device="meta"), None, model[0].weight, *nothing)
 
 
 def test_a_device_with_both_kernels_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
