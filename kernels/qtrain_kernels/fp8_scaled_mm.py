@@ -14,14 +14,10 @@ M, N free indices, K contraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qtrain_kernels.int8_scaled_mm import OUT_DTYPES, epilogue
-from qtrain_kernels.op import Workload, define_op
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 E4M3, E5M2 = CODES

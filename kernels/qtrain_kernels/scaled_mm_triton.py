@@ -95,9 +95,7 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
            HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Sums [HEIGHT, WIDTH] at row m, column n -> y."""
     rows, columns = m + tl.arange(0, HEIGHT), n + tl.arange(0, WIDTH)
-    out = _scaled(
-        acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS
-    )
+    out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
     if STORE_TMA:
         y.store([m, n], _rounded(out, y.dtype))
     else:

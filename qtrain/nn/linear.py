@@ -92,7 +92,17 @@ class QuantizedLayer(nn.Module):
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in ("recipe", "clock", "name", "stream", "native", "prologue", "shared", "quantizers", "plain"):
+        for attribute in (
+            "recipe",
+            "clock",
+            "name",
+            "stream",
+            "native",
+            "prologue",
+            "shared",
+            "quantizers",
+            "plain",
+        ):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 

@@ -44,8 +44,13 @@ class SharedCodes:
             return make()
         # A view is of the same numbers as its base and shares its version; the base lives as long as the numbers do
         tensor = x if x._base is None else x._base
-        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        key = (tensor._version, x.data_ptr(), x.shape, x.stride(), x.dtype, specs, stream)
+        # Work on another stream may not be done; what a CUDA graph replays must be in it
+        work = (
+            (torch.cuda.current_stream(x.device), torch.cuda.is_current_stream_capturing())
+            if x.is_cuda
+            else ()
+        )
+        key = (tensor._version, x.data_ptr(), x.shape, x.stride(), x.dtype, specs, *work)
         if self._tensor() is tensor and self._key == key:
             return self._codes  # type: ignore[return-value]
         codes = make()
