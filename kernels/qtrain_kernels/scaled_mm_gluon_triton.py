@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qtrain_kernels.scaled_mm_triton import _mode, k_major, multiprocessors
+from qtrain_kernels.scaled_mm_config import properties
+from qtrain_kernels.scaled_mm_triton import _mode, k_major
 
 # Renamed between triton 3.6 and 3.9
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -144,7 +145,7 @@ def scaled_mm_specialised(
         gl.NVMMASharedLayout.get_default_for([rows, BLOCK_K], code[x.dtype]) for x, rows in ((a, HALF_M), (b, BLOCK_N))
     ]
     tiles = triton.cdiv(M, 2 * HALF_M) * triton.cdiv(N, BLOCK_N)
-    _scaled_mm_specialised_kernel[(min(tiles, multiprocessors(a.device)),)](
+    _scaled_mm_specialised_kernel[(min(tiles, properties(a.device)[1]),)](
         TensorDescriptor.from_tensor(a, [HALF_M, BLOCK_K], layouts[0]),
         TensorDescriptor.from_tensor(b, [BLOCK_N, BLOCK_K], layouts[1]),
         y, *pointers, M, N, K,
