@@ -38,9 +38,7 @@ def launch(
     def run(chosen: Config) -> Tensor:
         if chosen == LIBRARY:
             return _library(a, b, a_scale, b_scale, out_dtype)
-        return scaled_mm(
-            a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, declaration.PROMOTED
-        )
+        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, declaration.PROMOTED)
 
     (M, K), N = a.shape, b.shape[0]
     extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []

@@ -96,9 +96,7 @@ def _with(config: Config, **change: object) -> Config:
     return Config(**(asdict(config) | change))
 
 
-def by_rule(
-    kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int
-) -> Config:
+def by_rule(kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int) -> Config:
     """The cheapest candidate: waves of tiles times the work of a tile over its rate, and the traffic of the parts."""
 
     def cost(candidate: tuple[Config, float]) -> float:
@@ -191,7 +189,11 @@ def choose(
         capability, multiprocessors = properties(device)
         name = key(kind, M, N, K, out_dtype, device)
         found = measured().get(name)
-        if found is None and os.environ.get(TUNE_VARIABLE) == "1" and not torch.cuda.is_current_stream_capturing():
+        if (
+            found is None
+            and os.environ.get(TUNE_VARIABLE) == "1"
+            and not torch.cuda.is_current_stream_capturing()
+        ):
             found = measure([*extra, *(c for c, _ in candidates(kind, capability, K))])
             remember(name, found)
         _CHOSEN[problem] = found or by_rule(kind, M, N, K, capability, multiprocessors)

@@ -142,7 +142,8 @@ def scaled_mm_specialised(
     code = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5}
     BLOCK_K = 128
     layouts = [
-        gl.NVMMASharedLayout.get_default_for([rows, BLOCK_K], code[x.dtype]) for x, rows in ((a, HALF_M), (b, BLOCK_N))
+        gl.NVMMASharedLayout.get_default_for([rows, BLOCK_K], code[x.dtype])
+        for x, rows in ((a, HALF_M), (b, BLOCK_N))
     ]
     tiles = triton.cdiv(M, 2 * HALF_M) * triton.cdiv(N, BLOCK_N)
     _scaled_mm_specialised_kernel[(min(tiles, properties(a.device)[1]),)](

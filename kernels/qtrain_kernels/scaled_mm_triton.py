@@ -268,7 +268,9 @@ def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
     error: Exception | None = None
     for config in configs:
         try:
-            times[config] = triton.testing.do_bench(lambda c=config: run(c), warmup=5, rep=25, return_mode="median")
+            times[config] = triton.testing.do_bench(
+                lambda c=config: run(c), warmup=5, rep=25, return_mode="median"
+            )
         except triton.runtime.errors.OutOfResources as found:
             error = found
     if not times:
