@@ -2,9 +2,11 @@
 
     y [M, N] = round((acc(a [M, K] . b [N, K]^T) * a_scale) * b_scale + bias)
 
-Two variants, chosen by ``Config``. ``tma``: tiles come through tensor descriptors (sm_90 and later), the grid is
-persistent. ``pointer``: masked loads, one tile a program, on every GPU. Both walk the output in groups of GROUP_M rows
-of tiles, so that the tiles in flight share their operands in L2.
+Two variants, chosen by ``Config``. ``tma``: tiles come through tensor descriptors (sm_90 and later), in a persistent
+grid. ``pointer``: masked loads, one tile a program, on every GPU. Both walk the output in groups of GROUP_M rows of
+tiles, so that the tiles in flight share their operands in L2. Where the output has fewer tiles than the GPU
+multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in order by a second kernel, which never
+depends on who finishes first.
 
 Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
 descriptors and wide loads want aligned rows. ``k_major`` copies what is not so; bytes are moved, never converted.
@@ -14,8 +16,7 @@ M, N free indices, K contraction.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,31 +25,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qtrain_kernels.scaled_mm_config import Config, properties
+
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
 COPY_BLOCK = 128
+PART_ROWS, PART_COLUMNS = 16, 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 OPTIONS = {"enable_fp_fusion": False}  # a contracted multiply-add rounds once where the equation rounds twice
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a GEMM is cut. ``stages``: tiles of both operands in flight. ``persistent``: one program a multiprocessor.
-
-    ``specialize``: loads and products in warps of their own. ``subtile``: the epilogue in two halves of columns.
-    """
-
-    variant: str  # "tma" or "pointer"
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-    GROUP_M: int = 8
-    persistent: bool = True
-    specialize: bool = False
-    store_tma: bool = False
-    subtile: bool = False
 
 
 @triton.jit
@@ -92,10 +76,13 @@ def _rounded(y, dtype: tl.constexpr):
 @triton.jit
 def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
            A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
-           HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Sums [HEIGHT, WIDTH] at row m, column n -> y."""
+           RAW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Sums [HEIGHT, WIDTH] at row m, column n -> y, through the epilogue unless RAW."""
     rows, columns = m + tl.arange(0, HEIGHT), n + tl.arange(0, WIDTH)
-    out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
+    if RAW:
+        out = acc
+    else:
+        out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
     if STORE_TMA:
         y.store([m, n], _rounded(out, y.dtype))
     else:
@@ -108,31 +95,52 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
 def _scaled_mm_tma_kernel(
     a, b, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, STORE_TMA: tl.constexpr, SUBTILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr, STORE_TMA: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """a, b, y: descriptors of [M, K], [N, K], [M, N]; y is read with STORE_TMA alone, y_ptr without."""
+    """a, b, y: descriptors of [M, K], [N, K], [M, N]; y is read with STORE_TMA alone, y_ptr without. With SPLIT, y_ptr takes
+    the sums of each part, [SPLIT, M, N] of ACC."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(
-        tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
-        i, j = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        m, n = i * BLOCK_M, j * BLOCK_N
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
+    for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=FLATTEN):
+        i, j = _tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        m, n, start = i * BLOCK_M, j * BLOCK_N, unit // tiles * steps * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-        for k in range(tl.cdiv(K, BLOCK_K)):
-            rows = a.load([m, k * BLOCK_K])
-            columns = b.load([n, k * BLOCK_K])
+        for k in range(steps):
+            rows = a.load([m, start + k * BLOCK_K])
+            columns = b.load([n, start + k * BLOCK_K])
             acc = tl.dot(rows, columns.T, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+        part_ptr = y_ptr + (unit // tiles).to(tl.int64) * M * N
         if SUBTILE:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            _store(left, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-            _store(right, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n + BLOCK_N // 2, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(left, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(right, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n + BLOCK_N // 2, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
         else:
-            _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, BLOCK_M, BLOCK_N)  # fmt: skip
+            _store(acc, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _add_parts_kernel(
+    parts_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N,
+    A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[SPLIT, M, N] sums -> y [M, N], added in the order of the parts."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    m, n = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
+    rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    mask = (tl.expand_dims(rows, 1) < M) & (tl.expand_dims(columns, 0) < N)
+    pointers = parts_ptr + tl.expand_dims(rows.to(tl.int64) * N, 1) + tl.expand_dims(columns, 0)
+    acc = tl.load(pointers, mask=mask, other=0.0)
+    for _ in tl.static_range(SPLIT - 1):
+        pointers += M.to(tl.int64) * N
+        acc += tl.load(pointers, mask=mask, other=0.0)
+    _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit
@@ -162,7 +170,7 @@ def _scaled_mm_pointer_kernel(
         a += BLOCK_K
         b += BLOCK_K
     _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-           A_SCALE, B_SCALE, BIAS, False, BLOCK_M, BLOCK_N)  # fmt: skip
+           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit
@@ -196,12 +204,6 @@ def k_major(x: Tensor) -> Tensor:
     return y.view(x.dtype)[:, :C]
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 2 on a CPU, where the interpreter then walks several tiles a program."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _mode(vector: Tensor | None) -> int:
     return 0 if vector is None else 1 if vector.shape[0] == 1 else 2
 
@@ -210,33 +212,68 @@ def scaled_mm(
     a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
     config: Config, acc: Any, imprecise: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] by ``config``. Arguments as those of the ops, K > 0; ``acc``: triton dtype of the sums; ``imprecise``: how
+    """y [M, N] by ``config``. Arguments as those of the ops, not empty; ``acc``: Triton dtype of the sums; ``imprecise``: how
     many products at most are summed in the tensor core's own accumulators."""
     a, b = k_major(a), k_major(b)
     (M, K), N = a.shape, b.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    vectors = [None if v is None else v.contiguous() for v in (a_scale, b_scale, bias)]
+    pointers = [y if v is None else v.contiguous() for v in (a_scale, b_scale, bias)]
+    modes = {"A_SCALE": _mode(a_scale), "B_SCALE": _mode(b_scale), "BIAS": bias is not None}
+    shared = {"ACC": acc, "IMPRECISE": imprecise, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    shared |= {"BLOCK_K": config.BLOCK_K, "GROUP_M": config.GROUP_M, **modes, **OPTIONS}
+    shared |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    blocks = {key: value for key, value in asdict(config).items() if key.isupper()}
-    blocks |= {"A_SCALE": _mode(a_scale), "B_SCALE": _mode(b_scale), "BIAS": bias is not None}
-    blocks |= {"ACC": acc, "IMPRECISE": imprecise}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-    pointers = [y if v is None else v for v in vectors]
     if config.variant == "pointer":
         _scaled_mm_pointer_kernel[(tiles,)](
-            a, b, y, *pointers, M, N, K, a.stride(0), b.stride(0),
-            EVEN_K=K % config.BLOCK_K == 0, **blocks, **options,
-        )  # fmt: skip
-        return y
+            a, b, y, *pointers, M, N, K, a.stride(0), b.stride(0), EVEN_K=K % config.BLOCK_K == 0, **shared
+        )
+    elif config.variant == "tma":
+        _launch_tma(a, b, y, pointers, tiles, config, shared, modes)
+    else:
+        raise ValueError(f"config {config.name}: the variants of these kernels are tma and pointer")
+    return y
+
+
+def _launch_tma(
+    a: Tensor, b: Tensor, y: Tensor, pointers: list[Tensor], tiles: int, config: Config, shared: dict[str, Any],
+    modes: dict[str, Any],
+) -> None:  # fmt: skip
+    (M, K), N = a.shape, b.shape[0]
+    split = config.SPLIT > 1
+    sums = torch.int32 if a.dtype == torch.int8 else torch.float32
+    target = torch.empty((config.SPLIT, M, N), dtype=sums, device=a.device) if split else y
     columns = config.BLOCK_N // (2 if config.subtile else 1)
-    store_tma = config.store_tma and N * y.element_size() % ALIGNMENT == 0
-    grid = (min(tiles, multiprocessors(a.device)) if config.persistent else tiles,)
-    _scaled_mm_tma_kernel[grid](
+    store_tma = config.store_tma and N * y.element_size() % ALIGNMENT == 0 and not split
+    programs = tiles * config.SPLIT
+    if config.persistent:
+        programs = min(programs, properties(a.device)[1])
+    _scaled_mm_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [config.BLOCK_M, config.BLOCK_K]),
         TensorDescriptor.from_tensor(b, [config.BLOCK_N, config.BLOCK_K]),
         TensorDescriptor.from_tensor(y, [config.BLOCK_M, columns]) if store_tma else y,
-        y, *pointers, M, N, K,
-        FLATTEN=config.persistent and not config.specialize, SPECIALIZE=config.specialize, STORE_TMA=store_tma,
-        SUBTILE=config.subtile, **blocks, **options,
+        target, *pointers, M, N, K,
+        SPLIT=config.SPLIT, FLATTEN=config.persistent and config.flatten, STORE_TMA=store_tma, SUBTILE=config.subtile, **shared,
     )  # fmt: skip
-    return y
+    if split:
+        grid = (triton.cdiv(M, PART_ROWS) * triton.cdiv(N, PART_COLUMNS),)
+        _add_parts_kernel[grid](
+            target, y, *pointers, M, N, SPLIT=config.SPLIT, BLOCK_M=PART_ROWS, BLOCK_N=PART_COLUMNS, **modes, **OPTIONS
+        )  # fmt: skip
+
+
+def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
+    """Time ``run`` under each config; those that the GPU has not the shared memory for drop out. Raises the last error
+    where none runs."""
+    times: dict[Config, float] = {}
+    error: Exception | None = None
+    for config in configs:
+        try:
+            times[config] = triton.testing.do_bench(
+                lambda c=config: run(c), warmup=5, rep=25, return_mode="median"
+            )
+        except triton.runtime.errors.OutOfResources as found:
+            error = found
+    if not times:
+        assert error is not None
+        raise error
+    return min(times, key=lambda c: times[c])
