@@ -304,6 +304,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _write(rows: Sequence[Row], json_file: Path | None, png_file: Path | None) -> None:
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(rows, indent=1))
+    if png_file is not None and rows:
+        from qtrain_kernels.bench_picture import draw
+
+        draw(rows, png_file)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -333,19 +342,14 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{name}: contract holds on {len(ops[name].cases)} cases; {common['implementation']}", flush=True
         )
+        print(", ".join(f"{key} {common[key]}" for key in ("device", "torch", "triton", "commit")))
+        mine: list[Row] = []
         for workload in chosen[name]:
-            rows += measure(
-                ops[name], workload, args.device, args.rounds or ROUNDS[args.device], args.rivals, common
-            )
-            if args.json is not None:
-                write_atomically(args.json, json.dumps(rows, indent=1))
-    if rows:
-        print(table(rows))
-        print(", ".join(f"{key} {rows[0][key]}" for key in ("device", "torch", "triton", "commit")))
-    if args.png is not None and rows:
-        from qtrain_kernels.bench_picture import draw
-
-        draw(rows, args.png)
+            rounds = args.rounds or ROUNDS[args.device]
+            mine += measure(ops[name], workload, args.device, rounds, args.rivals, common)
+        rows += mine
+        print(table(mine) if mine else "no workload of it holds that text", flush=True)
+        _write(rows, args.json, args.png)  # after each op: a run that is stopped leaves what it has
     if red := [name for name in names if broken[name]]:
         raise SystemExit(f"contract broken: {', '.join(red)}")
 
