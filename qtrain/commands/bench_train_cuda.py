@@ -175,7 +175,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def largest(fits: Callable[[int], float | None], first: int, tries: int = 12) -> tuple[int, float] | None:
+def largest(fits: Callable[[int], float | None], first: int, tries: int = 16) -> tuple[int, float] | None:
     """(n, fits(n)) of the largest n that fits, within 1/16 of it: doubled from ``first``, then halved intervals. None
     where not even 1 fits."""
     low, high, found = 0, None, None

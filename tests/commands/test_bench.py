@@ -260,10 +260,16 @@ def test_linear_has_a_row_a_shape_and_a_floor(tmp_path: Path, capsys, monkeypatc
     assert "| 8, 16, 24 |" in capsys.readouterr().out
 
 
-def test_native_arms_are_for_the_cpu(monkeypatch) -> None:
+def test_on_a_gpu_train_and_linear_are_its_own_benchmarks(monkeypatch) -> None:
+    asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="its kernels are for CPUs; pass device=cpu"):
-        bench.check(config(device="cuda", what="train", arms=None))
+    monkeypatch.setattr(bench.bench_linear_cuda, "check", lambda cfg: asked.append("linear"))
+    monkeypatch.setattr(bench.bench_train_cuda, "check", lambda cfg, model: asked.append(f"{model.width}"))
+    bench.check(config(device="cuda", what="linear", arms=["native_fp8"]))
+    bench.check(config(device="auto", what="train", arms=["native_fp8"]))
+    assert asked == ["linear", "16"]
+    with pytest.raises(ValueError, match="native_fp8"):
+        bench.check(config(device="cpu", what="train", arms=["native_fp8"]))
 
 
 def test_the_native_arm_is_native(monkeypatch) -> None:
