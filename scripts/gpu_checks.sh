@@ -5,10 +5,11 @@
 #   bash scripts/gpu_checks.sh contracts linear:120     these parts, the second for at most 120 seconds
 #
 #   contracts   each kernel against its reference on this device      tests       every test marked gpu
+#   warm        compiles for the benchmarks below, in many processes at once; times nothing
 #   kernels     qtrain bench kernels, all ops                         linear      qtrain bench linear
 #   train       qtrain bench train, GPT-2 124M                        train_1b    the same, 16 layers of a 1B Llama
 #
-# Output of a part: FOLDER/PART.txt and, of the benchmarks, PART.json and kernels.png. The environment may set
+# Without warm the benchmarks take longer and say the same. Output of a part: FOLDER/PART.txt and, of the benchmarks, PART.json and kernels.png. The environment may set
 #   OUT            FOLDER (default: outputs/gpu_checks)
 #   QTRAIN_PYTHON  the interpreter (default: python3)
 #   ARGS_kernels, ARGS_linear, ...  more arguments of a part, as in ARGS_linear='arms=[bf16,native_int8]'
@@ -23,9 +24,9 @@ python="${QTRAIN_PYTHON:-python3}"
 export PYTHONPATH="$root:$root/kernels:$root/scripts${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out"
 
-declare -A limits=([contracts]=120 [tests]=180 [kernels]=170 [linear]=240 [train]=200 [train_1b]=240)
+declare -A limits=([contracts]=120 [tests]=180 [warm]=150 [kernels]=170 [linear]=240 [train]=200 [train_1b]=240)
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(contracts tests kernels linear train train_1b)
+[ ${#parts[@]} -gt 0 ] || parts=(contracts tests warm kernels linear train train_1b)
 for part in "${parts[@]}"; do
     if [ -z "${limits[${part%%:*}]:-}" ]; then
         echo "unknown part ${part%%:*}; the parts are ${!limits[*]}" >&2
@@ -38,15 +39,40 @@ command_of() { # the command of part $1, in the array `run`
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
     local pytest=("$python" -m pytest -q -m gpu --no-header "${workers[@]}")
     local bench=("$python" -m qtrain.cli bench)
-    local train=("${bench[@]}" train device=cuda output="$out/$1.json")
+    local train=("${bench[@]}" train device=cuda rounds=8 output="$out/$1.json")
     case "$1" in
         contracts) run=("${pytest[@]}" tests/kernels) ;;
         tests) mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) && run=("${pytest[@]}" "${files[@]}") ;;
         kernels) run=("$python" -m qtrain_kernels.bench --json "$out/kernels.json" --png "$out/kernels.png") ;;
         linear) run=("${bench[@]}" linear device=cuda output="$out/linear.json") ;;
-        train) run=("${train[@]}" model=gpt_124m model.dropout=0 batch_sequences=32) ;;
+        train) run=("${train[@]}" model=gpt_124m model.dropout=0 batch_sequences=16) ;;
         train_1b) run=("${train[@]}" model=llama_1b model.layers=16 batch_sequences=4) ;;
     esac
+}
+
+in_background() { # $1 seconds, then a command: its output is thrown away, its exit code printed
+    local limit="$1" code
+    shift
+    timeout --kill-after=10 "$limit" "$@" >/dev/null 2>&1
+    code=$?
+    echo "exit $code: ${*:3}"
+}
+
+warm_up() { # $1 seconds. A process a contender: what is compiled stays in the caches of Inductor and Triton, on disk
+    local scratch arm
+    scratch="$(mktemp -d)"
+    for arm in bf16_compiled native_int8,native_int8_requantized,native_fp8 simulated torchao_int8 torchao_fp8_rowwise \
+        torchao_fp8_tensorwise; do
+        command_of linear
+        in_background "$1" "${run[@]}" "arms=[$arm]" rounds=5 output="$scratch/linear_$arm.json" &
+    done
+    for arm in bf16_compiled native_int8 native_fp8 simulated; do
+        command_of train
+        in_background "$1" "${run[@]}" "arms=[$arm]" optimizers='[torch_fused]' rounds=5 output="$scratch/train_$arm.json" &
+    done
+    in_background "$1" "$python" -m qtrain_kernels.bench --rounds 1 &
+    wait
+    rm -rf "$scratch"
 }
 
 failed=0
@@ -55,11 +81,15 @@ for part in "${parts[@]}"; do
     name="${part%%:*}"
     limit="${limits[$name]}"
     [ "$part" = "$name" ] || limit="${part#*:}"
-    command_of "$name"
     more="ARGS_$name"
     read -r -a arguments <<<"${!more:-}"
     start=$SECONDS
-    timeout --kill-after=10 "$limit" "${run[@]}" "${arguments[@]}" >"$out/$name.txt" 2>&1
+    if [ "$name" = warm ]; then
+        warm_up "$limit" >"$out/$name.txt" 2>&1
+    else
+        command_of "$name"
+        timeout --kill-after=10 "$limit" "${run[@]}" "${arguments[@]}" >"$out/$name.txt" 2>&1
+    fi
     code=$?
     case $code in
         0) verdict=ok ;;
