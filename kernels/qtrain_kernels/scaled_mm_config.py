@@ -59,6 +59,8 @@ class Config:
 
 
 LIBRARY = Config("library")
+PROMOTED = 128
+"""fp8 products that are summed in the tensor core before float32 takes over (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_SPLIT_K = 1024
 """Below, the sum over the parts costs more than the multiprocessors that it fills."""

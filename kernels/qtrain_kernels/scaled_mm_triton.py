@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qtrain_kernels.scaled_mm_config import Config, properties
+from qtrain_kernels.aot import Build
+from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
@@ -277,3 +278,96 @@ def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
         assert error is not None
         raise error
     return min(times, key=lambda c: times[c])
+
+
+def builds(kind: str) -> list[Build]:
+    """The configs of the rule ahead of time: every tile with bfloat16 outputs, the largest with float32 ones and split."""
+    code, sums = {"int8": ("i8", "i32"), "fp8": ("fp8e4nv", "fp32")}[kind]
+    tma = [config for config, _ in candidates(kind, (9, 0), MIN_SPLIT_K)]
+    (split,) = (c for c, _ in candidates(kind, (9, 0), 2 * MIN_SPLIT_K)[:2] if c.SPLIT == 2)
+    pointer = [config for config, _ in candidates(kind, (8, 0), MIN_SPLIT_K)] if kind == "int8" else []
+    found = [_build(config, code, "bf16") for config in (*tma, *pointer)]
+    return [*found, _build(tma[0], code, "fp32"), _build(split, code, sums), _add_parts_build(sums)]
+
+
+_VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
+# An fma rounds once where the equation rounds twice; .ftz flushes subnormals.
+_FORBIDDEN = ("fma.rn.f32", ".ftz")
+
+
+def _build(config: Config, code: str, out: str) -> Build:
+    pointer = config.variant == "pointer"
+    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(_VECTORS, "*fp32")
+    types |= dict.fromkeys(("M", "N", "K", "stride_am", "stride_bn"), "i32")
+    types |= {
+        "a_ptr": f"*{code}",
+        "b_ptr": f"*{code}",
+        "a": f"tensordesc<{code}[{config.BLOCK_M},{config.BLOCK_K}]>",
+    }
+    types["b"] = f"tensordesc<{code}[{config.BLOCK_N},{config.BLOCK_K}]>"
+    kernel = _scaled_mm_pointer_kernel if pointer else _scaled_mm_tma_kernel
+    constants: dict[str, Any] = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "ACC": tl.int32 if code == "i8" else tl.float32,
+    }
+    constants |= {
+        "IMPRECISE": PROMOTED if code != "i8" else None,
+        "GROUP_M": config.GROUP_M,
+        "BLOCK_K": config.BLOCK_K,
+    }
+    constants |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "EVEN_K": True, "SPLIT": config.SPLIT}
+    constants |= {"FLATTEN": config.flatten, "STORE_TMA": False, "SUBTILE": config.subtile}
+    return Build(
+        f"{config.name}, {out}",
+        kernel,
+        types,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        divisible_by_16=tuple(n for n in kernel.arg_names if types.get(n, "tensordesc")[:6] != "tensor"),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
+        forbidden_ptx=_FORBIDDEN,
+        max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
+        required_ptx=_instructions(code, pointer),
+    )
+
+
+def _instructions(code: str, pointer: bool) -> dict[int, tuple[str, ...]]:
+    """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
+    if code == "i8":
+        found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
+        found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
+    else:
+        found = {90: (r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",), 100: (r"tcgen05\.mma\S*kind::f8f6f4",)}
+    return {arch: texts for arch, texts in found.items() if pointer or arch >= 90}
+
+
+def _add_parts_build(sums: str) -> Build:
+    types = {
+        "parts_ptr": f"*{sums}",
+        "y_ptr": "*fp32",
+        **dict.fromkeys(_VECTORS, "*fp32"),
+        "M": "i32",
+        "N": "i32",
+    }
+    constants = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "SPLIT": 4,
+        "BLOCK_M": PART_ROWS,
+        "BLOCK_N": PART_COLUMNS,
+    }
+    return Build(
+        "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(types), options=OPTIONS,
+        forbidden_ptx=_FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
+    )  # fmt: skip
+
+
+def k_major_build() -> Build:
+    """Of an operand that lies transposed."""
+    types = {"x_ptr": "*i8", "y_ptr": "*i8", **dict.fromkeys(("R", "C", "stride_xc", "stride_yr"), "i32")}
+    constants = {"stride_xr": 1, "BLOCK_R": COPY_BLOCK, "BLOCK_C": COPY_BLOCK}
+    return Build(
+        "transposed copy", _k_major_kernel, types, constants, divisible_by_16=tuple(types), options=OPTIONS
+    )
