@@ -7,6 +7,9 @@ so. A config that cannot run raises; none is replaced by another.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -75,3 +78,8 @@ def _library(
 
 def builds() -> list[Build]:
     return scaled_mm_triton.builds("fp8")
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -33,3 +36,8 @@ def launch(
 def builds() -> list[Build]:
     """The copy to K-major as well, of a transposed operand."""
     return [*scaled_mm_triton.builds("int8"), scaled_mm_triton.k_major_build()]
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}
