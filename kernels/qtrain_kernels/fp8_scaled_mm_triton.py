@@ -7,13 +7,18 @@ so. A config that cannot run raises; none is replaced by another.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import fp8_scaled_mm as declaration
+from qtrain_kernels import scaled_mm_triton
+from qtrain_kernels.aot import Build
 from qtrain_kernels.int8_scaled_mm import epilogue
-from qtrain_kernels.scaled_mm_config import LIBRARY, Config, choose, properties
+from qtrain_kernels.scaled_mm_config import LIBRARY, PROMOTED, Config, choose, properties
 from qtrain_kernels.scaled_mm_triton import fastest, k_major, scaled_mm
 
 MIN_CAPABILITY = (9, 0)
@@ -38,7 +43,7 @@ def launch(
     def run(chosen: Config) -> Tensor:
         if chosen == LIBRARY:
             return _library(a, b, a_scale, b_scale, out_dtype)
-        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, declaration.PROMOTED)
+        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, PROMOTED)
 
     (M, K), N = a.shape, b.shape[0]
     extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []
@@ -69,3 +74,12 @@ def _library(
     return torch._scaled_mm(
         k_major(a), k_major(b).t(), left, right, out_dtype=out_dtype, use_fast_accum=False
     )
+
+
+def builds() -> list[Build]:
+    return scaled_mm_triton.builds("fp8")
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}

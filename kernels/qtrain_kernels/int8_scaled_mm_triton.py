@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import int8_scaled_mm as declaration
+from qtrain_kernels import scaled_mm_triton
+from qtrain_kernels.aot import Build
 from qtrain_kernels.scaled_mm_config import Config, choose
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
@@ -26,3 +31,13 @@ def launch(
 
     (M, K), N = a.shape, b.shape[0]
     return run(config or choose("int8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run)))
+
+
+def builds() -> list[Build]:
+    """The copy to K-major as well, of a transposed operand."""
+    return [*scaled_mm_triton.builds("int8"), scaled_mm_triton.k_major_build()]
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}

@@ -1,8 +1,8 @@
 """How a scaled GEMM is cut on a GPU: the configs to choose from, the rule that chooses, and what was measured.
 
-``choose`` takes the config that was measured for the shape's bucket on this device with these versions (``tune`` stores
-them); elsewhere ``by_rule``, which knows tile rates and counts waves. Nothing is measured unless somebody asks:
-``python -m qtrain_kernels.tune``, or QTRAIN_TUNE_GEMMS=1, which measures each bucket when it first appears.
+``choose`` takes the config that was measured for the shape's bucket on this device with these versions, and where none was,
+``by_rule``, which knows tile rates and counts waves. Nothing is measured unless somebody asks: with QTRAIN_TUNE_GEMMS=1
+each bucket is measured when it first appears, and kept in ``cache_file`` for the runs that follow, resumed ones too.
 
 int8 results are the same bits under every config (integer sums are exact). fp8 sums depend on their order, so that two
 machines whose measurements differ may differ in the last bits.
@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,8 @@ class Config:
 
 
 LIBRARY = Config("library")
+PROMOTED = 128
+"""fp8 products that are summed in the tensor core before float32 takes over (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_SPLIT_K = 1024
 """Below, the sum over the parts costs more than the multiprocessors that it fills."""
@@ -88,12 +90,9 @@ def candidates(kind: str, capability: tuple[int, int], K: int) -> list[tuple[Con
     if capability < (9, 0):
         return list(_POINTER_TILES)
     splits = [s for s in SPLITS if s == 1 or K // s >= MIN_SPLIT_K]
-    found = [(_with(config, SPLIT=s), rate) for config, rate in _TILES[kind] for s in splits]
-    return found
-
-
-def _with(config: Config, **change: object) -> Config:
-    return Config(**(asdict(config) | change))
+    # On sm_100 the sums lie in tensor memory and leave through the registers of the epilogue: 256 columns would spill
+    tiles = [(c, rate) for c, rate in _TILES[kind] if capability < (10, 0) or c.BLOCK_N <= 128]
+    return [(replace(config, SPLIT=s), rate) for config, rate in tiles for s in splits]
 
 
 def by_rule(kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int) -> Config:

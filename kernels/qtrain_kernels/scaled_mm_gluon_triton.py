@@ -58,7 +58,7 @@ def _consume(y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, a_smem, b_smem, ready, f
              PROMOTE: gl.constexpr, STAGES: gl.constexpr, HALF_M: gl.constexpr, BLOCK_N: gl.constexpr,
              BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr):  # fmt: skip
     # Triton's list of integer instructions has none of 256 columns
-    WIDTH: gl.constexpr = BLOCK_N if ACC == gl.float32 or BLOCK_N < 128 else 128
+    WIDTH: gl.constexpr = BLOCK_N if gl.float32 == ACC or BLOCK_N < 128 else 128
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )

@@ -25,13 +25,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qtrain_kernels.scaled_mm_config import Config, properties
+from qtrain_kernels.aot import Build
+from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
 COPY_BLOCK = 128
 PART_ROWS, PART_COLUMNS = 16, 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+VARIANTS = (  # tiles that are small enough for the cases to have several
+    Config("pointer", 64, 64, 128, 4, 3, GROUP_M=2),
+    Config("tma", 64, 64, 128, 4, 3, GROUP_M=2, persistent=False),
+    Config("tma", 64, 128, 128, 4, 3, SPLIT=3, subtile=True),
+)
 OPTIONS = {"enable_fp_fusion": False}  # a contracted multiply-add rounds once where the equation rounds twice
 
 
@@ -42,6 +48,20 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
     first = tile // per_group * GROUP_M
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
     return first + tile % per_group % height, tile % per_group // height
+
+
+@triton.jit
+def _product(a, b, acc, IMPRECISE: tl.constexpr):
+    """acc + a [M, K] . b [K, N]. The interpreter reads NaN of e4m3fn as 480."""
+    if INTERPRETED and a.dtype != tl.int8:
+        left, right = a.to(tl.float16), b.to(tl.float16)
+        if a.dtype == tl.float8e4nv:
+            left = tl.where((a.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), left)
+        if b.dtype == tl.float8e4nv:
+            right = tl.where((b.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), right)
+        return tl.dot(left, right, acc)
+    else:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -91,7 +111,9 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
         tl.store(pointers, _rounded(out, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "K"]
+)  # the number of tokens is one or the other, and may change from step to step
 def _scaled_mm_tma_kernel(
     a, b, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
@@ -109,7 +131,7 @@ def _scaled_mm_tma_kernel(
         for k in range(steps):
             rows = a.load([m, start + k * BLOCK_K])
             columns = b.load([n, start + k * BLOCK_K])
-            acc = tl.dot(rows, columns.T, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+            acc = _product(rows, columns.T, acc, IMPRECISE)
         part_ptr = y_ptr + (unit // tiles).to(tl.int64) * M * N
         if SUBTILE:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -123,7 +145,7 @@ def _scaled_mm_tma_kernel(
                    A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _add_parts_kernel(
     parts_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
@@ -143,7 +165,7 @@ def _add_parts_kernel(
            A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _scaled_mm_pointer_kernel(
     a_ptr, b_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K, stride_am, stride_bn,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
@@ -166,7 +188,7 @@ def _scaled_mm_pointer_kernel(
             inside = inner < K - k * BLOCK_K
             left = tl.load(a, mask=tl.expand_dims(inside, 0), other=0.0)
             right = tl.load(b, mask=tl.expand_dims(inside, 1), other=0.0)
-        acc = tl.dot(left, right, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+        acc = _product(left, right, acc, IMPRECISE)
         a += BLOCK_K
         b += BLOCK_K
     _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
@@ -277,3 +299,105 @@ def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
         assert error is not None
         raise error
     return min(times, key=lambda c: times[c])
+
+
+def builds(kind: str) -> list[Build]:
+    """The configs of the rule ahead of time: every tile with bfloat16 outputs, the largest with float32 ones and split."""
+    code, sums = {"int8": ("i8", "i32"), "fp8": ("fp8e4nv", "fp32")}[kind]
+    tma = [config for config, _ in candidates(kind, (9, 0), MIN_SPLIT_K)]
+    (split,) = (c for c, _ in candidates(kind, (9, 0), 2 * MIN_SPLIT_K)[:2] if c.SPLIT == 2)
+    pointer = [config for config, _ in candidates(kind, (8, 0), MIN_SPLIT_K)] if kind == "int8" else []
+    found = [_build(config, code, "bf16") for config in (*tma, *pointer)]
+    return [*found, _build(tma[0], code, "fp32"), _build(split, code, sums), _add_parts_build(sums)]
+
+
+_VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
+# An fma rounds once where the equation rounds twice; .ftz flushes subnormals.
+_FORBIDDEN = ("fma.rn.f32", ".ftz")
+
+
+def _build(config: Config, code: str, out: str) -> Build:
+    pointer = config.variant == "pointer"
+    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(_VECTORS, "*fp32")
+    types |= dict.fromkeys(("M", "N", "K", "stride_am", "stride_bn"), "i32")
+    types |= {
+        "a_ptr": f"*{code}",
+        "b_ptr": f"*{code}",
+        "a": f"tensordesc<{code}[{config.BLOCK_M},{config.BLOCK_K}]>",
+    }
+    types["b"] = f"tensordesc<{code}[{config.BLOCK_N},{config.BLOCK_K}]>"
+    kernel = _scaled_mm_pointer_kernel if pointer else _scaled_mm_tma_kernel
+    constants: dict[str, Any] = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "ACC": tl.int32 if code == "i8" else tl.float32,
+    }
+    constants |= {
+        "IMPRECISE": PROMOTED if code != "i8" else None,
+        "GROUP_M": config.GROUP_M,
+        "BLOCK_K": config.BLOCK_K,
+    }
+    constants |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "EVEN_K": True, "SPLIT": config.SPLIT}
+    constants |= {"FLATTEN": config.flatten, "STORE_TMA": False, "SUBTILE": config.subtile}
+    return Build(
+        f"{config.name}, {out}",
+        kernel,
+        types,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        divisible_by_16=(
+            "y_ptr",
+            *_VECTORS,
+            "N",
+            *(("a_ptr", "b_ptr", "K", "stride_am", "stride_bn") if pointer else ("y",)),
+        ),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
+        forbidden_ptx=_FORBIDDEN,
+        max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
+        required_ptx=_instructions(code, config),
+    )
+
+
+def _instructions(code: str, config: Config) -> dict[int, tuple[str, ...]]:
+    """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
+    if code == "i8":
+        found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
+        found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
+    else:
+        found = {90: (r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",), 100: (r"tcgen05\.mma\S*kind::f8f6f4",)}
+    if config.variant == "tma":
+        found.pop(80, None)
+        if config.BLOCK_N > 128:
+            del found[100]
+    return found
+
+
+def _add_parts_build(sums: str) -> Build:
+    types = {
+        "parts_ptr": f"*{sums}",
+        "y_ptr": "*fp32",
+        **dict.fromkeys(_VECTORS, "*fp32"),
+        "M": "i32",
+        "N": "i32",
+    }
+    constants = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "SPLIT": 4,
+        "BLOCK_M": PART_ROWS,
+        "BLOCK_N": PART_COLUMNS,
+    }
+    return Build(
+        "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
+        forbidden_ptx=_FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
+    )  # fmt: skip
+
+
+def k_major_build() -> Build:
+    """Of an operand that lies transposed."""
+    types = {"x_ptr": "*i8", "y_ptr": "*i8", **dict.fromkeys(("R", "C", "stride_xc", "stride_yr"), "i32")}
+    constants = {"stride_xr": 1, "BLOCK_R": COPY_BLOCK, "BLOCK_C": COPY_BLOCK}
+    return Build(
+        "transposed copy", _k_major_kernel, types, constants, divisible_by_16=tuple(types), options=OPTIONS
+    )
