@@ -31,6 +31,7 @@ from qtrain_kernels.code_table import look_up
 from qtrain_kernels.op import define_op
 
 MIN_SCALE = 2.0**-100
+WIDEST_BLOCK = 4096  # columns of a block that the CUDA kernel holds in registers
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import adamw_step as declaration
-from qtrain_kernels.adamw_step import Moment, check, inverse, rows_columns
+from qtrain_kernels.adamw_step import WIDEST_BLOCK, Moment, check, inverse, rows_columns
 from qtrain_kernels.aot import Build
 
 MIN_SCALE = tl.constexpr(declaration.MIN_SCALE)
@@ -31,7 +31,6 @@ FIELDS = 10  # of one row of ``tensors``: six addresses, K, columns a block, blo
 TILE = 2048  # elements a program
 ELEMENTS_PER_WARP = 256  # 8 a thread
 FLAT_BLOCK = 1024  # columns of a "block" of a tensor whose moments are both float32
-WIDEST_BLOCK = 4096  # columns of a block that a program holds in registers: 16 warps
 OPTIONS = {"enable_fp_fusion": False}  # see the module docstring
 
 

@@ -19,13 +19,14 @@ so are the bits. Differs from it: states are float32 for bfloat16 weights too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from qtrain_kernels.counter_hash import random_bits, stream_id, uniform
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .fused import FusedSteps, Numbers, refusal, refusal_of_layouts
 from .loading import ELSEWHERE, matched_groups, matched_state, refuse_empty
 from .sharding import RowShard, check_one_mesh, is_dtensor, local, local_gradient, row_shard
 from .states import KINDS, AdamStateRecipe, Rows, StateLayout, held_by_rows
@@ -36,21 +37,10 @@ CPU_CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 24
 
 
-class _Step(NamedTuple):
-    """The numbers of one step: ``w = decay * w - step_size * m / (sqrt(v) / root + eps)``."""
-
-    decay: float
-    beta1: float
-    beta2: float
-    step_size: float
-    root: float
-    eps: float
-
-
-def _numbers(group: Mapping[str, Any], step: float) -> _Step:
+def _numbers(group: Mapping[str, Any], step: float) -> Numbers:
     beta1, beta2 = group["betas"]
     lr = float(group["lr"])
-    return _Step(
+    return Numbers(
         decay=1 - lr * group["weight_decay"],
         beta1=beta1,
         beta2=beta2,
@@ -71,7 +61,7 @@ def _chunks(p: Tensor, by_rows: bool) -> Iterator[tuple[int, Rows]]:
         yield start, slice(start, start + rows)
 
 
-def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, now: _Step) -> None:
+def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, now: Numbers) -> None:
     """One step of float32 weights, in place, m and v too; the operations of torch's single-tensor loop."""
     w.mul_(now.decay)
     m.lerp_(g, 1 - now.beta1)
@@ -98,6 +88,9 @@ class AdamW(Optimizer):
     lr: step size. betas: decay rates of the two moments. eps: added to the root of the second, in units of the
     gradient. weight_decay: decoupled; a step multiplies weights by 1 - lr * weight_decay.
     states: an AdamStateRecipe or a mapping of its fields; None keeps float32. seed: of stochastic rounding.
+    fused: None steps CUDA parameters by the op ``adamw_step``, many in one launch, where it has a layout for their states,
+    and others eagerly (``fused_parameters`` tells which); True raises where it has none; False is eager. States and
+    checkpoints are the same. On CUDA the op's bits are those of the eager step.
 
     Parameters are float32 or bfloat16, whole or DTensors with placement Shard(0) or Replicate() on a mesh of one
     dimension. Missing gradients are skipped, non-finite ones propagate (all of a quantization block is then
@@ -118,7 +111,9 @@ class AdamW(Optimizer):
         states: AdamStateRecipe | Mapping[str, Any] | None = None,
         *,
         seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
+        self.fused, self._eager_because = fused, dict[str, str | None]()
         self.recipe = states if isinstance(states, AdamStateRecipe) else AdamStateRecipe(**(states or {}))
         defaults = {
             "lr": lr,
@@ -132,7 +127,8 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:  # pickle and deepcopy; torch's own keeps three attributes only
-        return {**super().__getstate__(), "recipe": self.recipe}
+        own = {"recipe": self.recipe, "fused": self.fused, "_eager_because": self._eager_because}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group.get("states", self.recipe.as_dict()) != self.recipe.as_dict():
@@ -158,6 +154,13 @@ class AdamW(Optimizer):
             if is_dtensor(p) and row_shard(self._name(p), p).mesh is not None:
                 for layout in self._layouts(p, group):
                     layout.check_sharded(self._name(p))
+            if self.fused:
+                self._check_fused(self._name(p), refusal_of_layouts(self._layouts(p, group)))
+
+    @staticmethod
+    def _check_fused(name: str, reason: str | None) -> None:
+        if reason is not None:
+            raise ValueError(f"{name} cannot be stepped with fused=True: {reason}; use fused=None or False")
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) in the order of the state dict; unnamed ones are ``parameter <index>``."""
@@ -192,20 +195,30 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, p, group in self._named_parameters():
-            if p.grad is not None:
-                self._step_parameter(name, p, group)
+        ready = [(name, p, group) for name, p, group in self._named_parameters() if p.grad is not None]
+        gradients = [self._checked_gradient(*each) for each in ready]  # all, before anything changes
+        self._eager_because, together = {}, FusedSteps()
+        for (name, p, group), grad in zip(ready, gradients, strict=True):
+            self._step_parameter(name, p, grad, group, together)
+        together.run()
         return loss
 
-    def _step_parameter(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-        shard, weights, grad = row_shard(name, p), local(p), local_gradient(name, p)
+    def _checked_gradient(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        grad = local_gradient(name, p)
         if grad.is_sparse or grad.layout != torch.strided:
             raise RuntimeError(
                 f"{name} has a sparse gradient: AdamW decays every moment at every step; build the embedding "
                 "with sparse=False"
             )
+        if self.fused:
+            self._check_fused(name, refusal(local(p), grad, self._layouts(p, group)))
+        return grad
+
+    def _step_parameter(
+        self, name: str, p: Tensor, grad: Tensor, group: Mapping[str, Any], together: FusedSteps
+    ) -> None:
+        shard, weights = row_shard(name, p), local(p)
         layouts, held = self._local_layouts(p, group, shard), self.state[p]
-        over_shards = None if shard.mesh is None else shard.maximum
         if not held:
             held["step"] = torch.zeros((), dtype=torch.float32)
             for layout in layouts:
@@ -213,16 +226,40 @@ class AdamW(Optimizer):
         held["step"] += 1
         step = int(held["step"].item())
         now = _numbers(group, step)
+        reason = "fused=False" if self.fused is False else refusal(weights, grad, layouts)
+        self._eager_because[name] = reason
+        if reason is None:
+            together.add(weights, grad, held, layouts, now)
+        else:
+            self._step_eagerly(name, group, shard, weights, grad, layouts, held, step, now)
+
+    def _step_eagerly(
+        self,
+        name: str,
+        group: Mapping[str, Any],
+        shard: RowShard,
+        weights: Tensor,
+        grad: Tensor,
+        layouts: tuple[StateLayout, StateLayout],
+        held: Mapping[str, Tensor],
+        step: int,
+        now: Numbers,
+    ) -> None:
+        over_shards = None if shard.mesh is None else shard.maximum
         for start, rows in _chunks(weights, all(layout.by_rows for layout in layouts)):
             part = weights[rows]
             m, v = (layout.read(held, rows) for layout in layouts)
-            w = part if p.dtype == torch.float32 else part.to(torch.float32)
+            w = part if weights.dtype == torch.float32 else part.to(torch.float32)
             _update(w, grad[rows].to(torch.float32), m, v, now)
             if w is not part:
                 part.copy_(w)
             for layout, values in zip(layouts, (m, v), strict=True):
                 noise = _noise(layout, name, group["seed"], step, shard.start + start, values)
                 layout.write(held, values, rows, noise, over_shards)
+
+    def fused_parameters(self) -> dict[str, str | None]:
+        """How the last step stepped each parameter: name -> None in the op ``adamw_step``, else why eagerly."""
+        return dict(self._eager_because)
 
     def state_layouts(self, p: Tensor) -> tuple[StateLayout, StateLayout]:
         """How the two moments of p, or of its local rows, lie in ``state[p]``. Raises KeyError where p is not optimized

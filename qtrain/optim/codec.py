@@ -28,7 +28,8 @@ def code_table(number_format: NumberFormat) -> Tensor | None:
 
 
 @cache
-def _code_table_on(number_format: NumberFormat, device: torch.device) -> Tensor | None:
+def code_table_on(number_format: NumberFormat, device: torch.device) -> Tensor | None:
+    """``code_table`` on a device, made once."""
     table = code_table(number_format)
     return None if table is None else table.to(device)
 
@@ -47,7 +48,7 @@ def nearest_codes(v: Tensor, number_format: NumberFormat) -> Tensor:
     """float32 in units of the scale -> uint8 codes of the nearest grid values, of the same shape."""
     if isinstance(number_format, IntegerFormat):  # arithmetic beats any table
         return number_format.encode(number_format.round(v))
-    table = _code_table_on(number_format, v.device)
+    table = code_table_on(number_format, v.device)
     if table is None:
         return number_format.encode(number_format.round(v))
     return qtrain_kernels.code_table.look_up(table, v)
