@@ -1,15 +1,14 @@
 """Which parameters the op ``adamw_step`` steps, many of them in one launch, and how they are handed to it.
 
 The op reads and writes every byte once, where the eager step writes each intermediate to memory. It takes what it has
-a layout for; ``refusal`` names what it has not, and such a parameter is stepped eagerly (``fused=None``) or refused
+a layout for; ``refusal_of_*`` name what it has not, and such a parameter is stepped eagerly (``fused=None``) or refused
 (``fused=True``). Blocks never cross a row, so the rows of a shard are to the op a parameter like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from qtrain_kernels.adamw_step import DTYPES, MIN_SCALE, WIDEST_BLOCK, adamw_step
@@ -18,11 +17,11 @@ from torch import Tensor
 from qtrain.quant import NumberFormat, QuantSpec
 
 from . import codec
-from .states import StateLayout
+from .eager import Layouts, Numbers, Part
+from .states import KINDS, StateLayout
 
 DEVICES = ("cuda",)  # those the op has a kernel for
 WHOLE_ROW = 1 << 30
-Layouts = tuple[StateLayout, StateLayout]
 
 
 def refusal_of_layout(layout: StateLayout) -> str | None:
@@ -53,7 +52,6 @@ def _columns(layout: StateLayout) -> int:
     return min(layout.spec.blocks.columns or WHOLE_ROW, layout.matrix[1])
 
 
-@cache
 def refusal_of_layouts(layouts: Layouts) -> str | None:
     """Why the op cannot step a parameter with these moments, whatever its device; None where it can."""
     for layout in layouts:
@@ -73,37 +71,34 @@ def refusal_of_layouts(layouts: Layouts) -> str | None:
     return None
 
 
-def refusal(weights: Tensor, gradient: Tensor, layouts: Layouts) -> str | None:
-    """Why the op cannot step these local rows; None where it can."""
+def refusal_of_tensors(weights: Tensor, gradient: Tensor) -> str | None:
+    """Why the op cannot step these local rows, whatever their moments; None where it can."""
     if weights.device.type not in DEVICES:
         return f"it lies on {weights.device}, and the op has kernels for {', '.join(DEVICES)}"
     if gradient.dtype not in DTYPES:
         return f"its gradient is {gradient.dtype}"
     if not weights.is_contiguous() or not gradient.is_contiguous():
         return "it or its gradient is not contiguous"
-    return refusal_of_layouts(layouts)
+    return None
 
 
-class Numbers(NamedTuple):
-    """The numbers of one step: ``w = decay * w - step_size * m / (sqrt(v) / root + eps)``."""
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What parameters of one call have in common: the formats of their moments and the columns of a block. One
+    object a kind (``kind_of``), so that it is known by its identity."""
 
-    decay: float
-    beta1: float
-    beta2: float
-    step_size: float
-    root: float
-    eps: float
-
-
-class _Key(NamedTuple):
-    """What one call of the op has in common."""
-
-    device: torch.device
-    weights: torch.dtype
-    gradients: torch.dtype
     specs: tuple[QuantSpec | None, QuantSpec | None]
     block: int
-    now: Numbers
+
+
+_kind = cache(Kind)
+
+
+def kind_of(layouts: Layouts) -> Kind:
+    """For layouts that ``refusal_of_layouts`` does not refuse."""
+    blocks = [layout.spec.blocks.columns or WHOLE_ROW for layout in layouts if layout.spec is not None]
+    # Where the moments' blocks differ, both are longer than a row
+    return _kind((layouts[0].spec, layouts[1].spec), max(blocks, default=WHOLE_ROW))
 
 
 @cache
@@ -113,49 +108,37 @@ def _levels(number_format: NumberFormat, device: torch.device) -> Tensor:
 
 
 class FusedSteps:
-    """Collects parameters of one optimizer step, then steps all of them in as few calls as there are kinds."""
+    """Collects the parameters of one optimizer step, then steps them in as few calls of the op as there are kinds."""
 
     def __init__(self) -> None:
-        self._calls: dict[_Key, list[tuple[Tensor, Tensor, Mapping[str, Tensor], Layouts]]] = {}
+        self._calls: dict[tuple[Kind, Numbers, torch.device, torch.dtype, torch.dtype], list[Part]] = {}
 
-    def add(
-        self, weights: Tensor, gradient: Tensor, held: Mapping[str, Tensor], layouts: Layouts, now: Numbers
-    ) -> None:
-        """Local rows, their gradient and states, for which ``refusal`` is None."""
-        if weights.numel() == 0:  # a shard without rows
-            return
-        blocks = [x.spec.blocks.columns or WHOLE_ROW for x in layouts if x.spec is not None]
-        key = _Key(
-            weights.device,
-            weights.dtype,
-            gradient.dtype,
-            (layouts[0].spec, layouts[1].spec),
-            max(blocks, default=WHOLE_ROW),  # where they differ, both are longer than a row
-            now,
-        )
-        self._calls.setdefault(key, []).append((weights, gradient, held, layouts))
+    def add(self, kind: Kind, part: Part) -> None:
+        """A parameter that neither refusal names."""
+        if part.weights.numel():  # a shard may have no rows
+            key = kind, part.now, part.weights.device, part.weights.dtype, part.gradient.dtype
+            self._calls.setdefault(key, []).append(part)
 
     def run(self) -> None:
-        """Calls the op, once a kind of parameter."""
-        for key, members in self._calls.items():
+        """Calls the op, once a kind of parameter and of numbers."""
+        for (kind, now, device, _, _), parts in self._calls.items():
             moments: list[object] = []
-            for i, spec in enumerate(key.specs):
-                kind = members[0][3][i].kind
+            for name, spec in zip(KINDS, kind.specs, strict=True):
                 if spec is None:
-                    moments += [[held[kind] for _, _, held, _ in members], [], None, None, 1.0]
+                    moments += [[part.held[name] for part in parts], [], None, None, 1.0]
                     continue
                 moments += [
-                    [held[f"{kind}.codes"] for _, _, held, _ in members],
-                    [held[f"{kind}.scale"] for _, _, held, _ in members],
-                    _levels(spec.number_format, key.device),
-                    codec.code_table_on(spec.number_format, key.device),
+                    [part.held[f"{name}.codes"] for part in parts],
+                    [part.held[f"{name}.scale"] for part in parts],
+                    _levels(spec.number_format, device),
+                    codec.code_table_on(spec.number_format, device),
                     spec.number_format.max,
                 ]
             adamw_step(
-                [weights for weights, _, _, _ in members],
-                [gradient for _, gradient, _, _ in members],
+                [part.weights for part in parts],
+                [part.gradient for part in parts],
                 *moments,  # type: ignore[arg-type]
-                key.block,
-                *key.now,
+                kind.block,
+                *now,
             )
         self._calls.clear()
