@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,8 @@ from qtrain_kernels.aot import Build
 MIN_SCALE = tl.constexpr(declaration.MIN_SCALE)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FIELDS = 10  # of one row of ``tensors``: six addresses, K, columns a block, blocks, blocks a row
+BLOCKS = 8  # the field that counts blocks
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 TILE = 2048  # elements a program
 ELEMENTS_PER_WARP = 256  # 8 a thread
 FLAT_BLOCK = 1024  # columns of a "block" of a tensor whose moments are both float32
@@ -220,28 +223,6 @@ def _adamw_step_kernel(
     )
 
 
-class _Recent:
-    """The tables made last, on the device."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.held = size, OrderedDict[Hashable, Tensor]()
-
-    def get(self, key: Hashable, rows: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-        table = self.held.get(key)
-        if table is None:
-            table = torch.tensor(rows(), dtype=dtype)
-            if device.type == "cuda":  # a copy from pageable memory would wait for the device
-                table = table.pin_memory().to(device, non_blocking=True)
-            self.held[key] = table
-            if len(self.held) > self.size:
-                self.held.popitem(last=False)
-        self.held.move_to_end(key)
-        return table
-
-
-_TENSORS, _PROGRAMS = _Recent(64), _Recent(64)
-
-
 def tile(columns: int, aligned: bool) -> dict[str, int]:
     """The block sizes and warps for blocks of so many columns. One block a program where loads are single: a tile of
     several would lie across its warps, and each thread would compute the scales of all its blocks."""
@@ -262,8 +243,69 @@ def _geometry(w: Tensor, block: int, flat: bool) -> tuple[int, int, int, int]:
     return K, columns, F * blocks_a_row, blocks_a_row
 
 
-def _programs(blocks: Sequence[int], BLOCK_R: int) -> list[tuple[int, int]]:
-    return [(i, first) for i, n in enumerate(blocks) for first in range(0, n, BLOCK_R)]
+class _Launch(NamedTuple):
+    """One launch over tensors of one tile shape: the tables on the device and the specialisation."""
+
+    tensors: Tensor
+    programs: Tensor
+    options: dict[str, Any]
+
+
+_PLANS: OrderedDict[Hashable, list[_Launch]] = OrderedDict()
+PLANS = 64  # kept: a few calls a step, and the addresses of a few steps' gradients
+
+
+@cache
+def _programs(blocks: tuple[int, ...], BLOCK_R: int, device: torch.device) -> Tensor:
+    """[programs, 2] int32: which tensor, and its first block."""
+    return _sent(
+        [(i, first) for i, n in enumerate(blocks) for first in range(0, n, BLOCK_R)], torch.int32, device
+    )
+
+
+def _sent(rows: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=dtype)
+    # A copy from pageable memory would wait for the device
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _fingerprint(
+    weights: list[Tensor], gradients: list[Tensor], moments: Sequence[Moment], block: int
+) -> Hashable:
+    """Equal for arguments that have the same plan; cheap, since it is made at every step."""
+    held = [t for m in moments for some in (m.states, m.scales) for t in some]
+    return (
+        block,
+        *(m.bits for m in moments),
+        *((t.data_ptr(), t.shape, t.dtype, t.is_contiguous()) for some in (weights, gradients) for t in some),
+        *((t.data_ptr(), t.numel()) for t in held),
+    )
+
+
+def _plan(
+    weights: list[Tensor], gradients: list[Tensor], moments: Sequence[Moment], block: int
+) -> list[_Launch]:
+    check(weights, gradients, moments, block)
+    flat = all(m.bits == 32 for m in moments)
+    groups: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
+    for i, w in enumerate(weights):
+        if w.numel():
+            size = K, columns, _, _ = _geometry(w, block, flat)
+            if columns > WIDEST_BLOCK:
+                raise ValueError(
+                    f"blocks of {columns} columns: the kernel takes up to {WIDEST_BLOCK}; use group:256"
+                )
+            read = [w.data_ptr(), gradients[i].data_ptr()]
+            for m in moments:
+                read += [m.states[i].data_ptr(), m.scales[i].data_ptr() if m.scales else 0]
+            aligned = K % 16 == 0 and columns % 16 == 0 and not any(read[j] % 16 for j in (0, 1, 2, 4))
+            groups.setdefault((triton.next_power_of_2(columns), aligned), []).append((*read, *size))
+    launches, device = [], weights[0].device
+    for (columns, aligned), rows in groups.items():
+        block_of = tile(columns, aligned)
+        programs = _programs(tuple(row[BLOCKS] for row in rows), block_of["BLOCK_R"], device)
+        launches.append(_Launch(_sent(rows, torch.int64, device), programs, {"ALIGNED": aligned, **block_of}))
+    return launches
 
 
 def launch(
@@ -293,53 +335,18 @@ def launch(
     v = Moment(
         "exp_avg_sq", exp_avg_sq, exp_avg_sq_scale, exp_avg_sq_levels, exp_avg_sq_encoder, exp_avg_sq_top
     )
-    check(weights, gradients, (m, v), block)
-    flat = m.bits == v.bits == 32
-    groups: dict[tuple[int, bool], list[int]] = {}
-    sizes = [_geometry(w, block, flat) if w.numel() else (0, 0, 0, 0) for w in weights]
-    for i, (K, columns, blocks, _) in enumerate(sizes):
-        if columns > WIDEST_BLOCK:
-            raise ValueError(
-                f"blocks of {columns} columns: the kernel takes up to {WIDEST_BLOCK}; use group:256"
-            )
-        if blocks:
-            addresses = (
-                weights[i].data_ptr(),
-                gradients[i].data_ptr(),
-                exp_avg[i].data_ptr(),
-                exp_avg_sq[i].data_ptr(),
-            )
-            aligned = K % 16 == 0 and columns % 16 == 0 and not any(a % 16 for a in addresses)
-            groups.setdefault((triton.next_power_of_2(columns), aligned), []).append(i)
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-    device = weights[0].device
-    for (columns, aligned), members in groups.items():
-        block_of = tile(columns, aligned)
-        rows = [
-            (
-                weights[i].data_ptr(),
-                gradients[i].data_ptr(),
-                exp_avg[i].data_ptr(),
-                exp_avg_scale[i].data_ptr() if exp_avg_scale else 0,
-                exp_avg_sq[i].data_ptr(),
-                exp_avg_sq_scale[i].data_ptr() if exp_avg_sq_scale else 0,
-                *sizes[i],
-            )
-            for i in members
-        ]
-        tensors = _TENSORS.get((device, tuple(rows)), lambda rows=rows: rows, device, torch.int64)
-        blocks_of = tuple(sizes[i][2] for i in members)
-        programs = _PROGRAMS.get(
-            (device, block_of["BLOCK_R"], blocks_of),
-            lambda blocks=blocks_of, r=block_of["BLOCK_R"]: _programs(blocks, r),
-            device,
-            torch.int32,
-        )
+    key = _fingerprint(weights, gradients, (m, v), block)
+    if (plan := _PLANS.get(key)) is None:
+        plan = _PLANS[key] = _plan(weights, gradients, (m, v), block)
+        if len(_PLANS) > PLANS:
+            _PLANS.popitem(last=False)
+    _PLANS.move_to_end(key)
+    for tensors, programs, options in plan:
         _adamw_step_kernel[(programs.shape[0],)](
             tensors, programs, exp_avg_levels, exp_avg_encoder, exp_avg_sq_levels, exp_avg_sq_encoder,
             exp_avg_top, exp_avg_sq_top, decay, 1 - beta1, beta2, 1 - beta2, step_size, inverse(root), eps,
-            WEIGHT=types[weights[0].dtype], GRADIENT=types[gradients[0].dtype], M_BITS=m.bits, V_BITS=v.bits,
-            ALIGNED=aligned, FIELDS=FIELDS, **block_of, **OPTIONS,
+            WEIGHT=TYPES[weights[0].dtype], GRADIENT=TYPES[gradients[0].dtype], M_BITS=m.bits, V_BITS=v.bits,
+            FIELDS=FIELDS, **options, **OPTIONS,
         )  # fmt: skip
 
 
