@@ -10,14 +10,14 @@ scales and bias in float32, then one rounding. So native differs from simulated 
 products, and errs against the oracle by float32 roundings and the one at the end.
 
 With "fprop" the backward multiplies the forward's codes; their row scales are folded into g before it is quantized.
-Saved for the backward: int8 codes of x (``saved="quantized"``; else x itself) and, where dgrad reuses them, of W.
+Saved for the backward: int8 codes of x (``saved="quantized"``; else x itself), one set for all layers that read it
+(``shared_codes``), and, where dgrad reuses them, of W; with a prologue what x is computed from, and nothing of x.
 
 T tokens, I in, O out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,55 +26,13 @@ from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtrain.quant import LinearRecipe, QuantSpec
-from qtrain.quant.formats.integer import IntegerFormat
-from qtrain.quant.ranges import MIN_SCALE
+from qtrain.quant import LinearRecipe
 
 from .clock import Draws
 from .gemm import GemmOperand, quantized_gemm
-
-OPERANDS: Mapping[str, tuple[str, str]] = {
-    "fprop": ("fprop.input", "fprop.weight"),
-    "dgrad": ("dgrad.grad_output", "dgrad.weight"),
-    "wgrad": ("wgrad.grad_output", "wgrad.input"),
-}
-
-
-def obstacles(recipe: LinearRecipe) -> list[str]:
-    """What keeps the GEMMs of this recipe from running natively, a sentence each with its remedy; empty if nothing."""
-    found = []
-    for gemm, names in OPERANDS.items():
-        if getattr(recipe, gemm).transform is not None:
-            found.append(
-                f"{gemm}.transform={getattr(recipe, gemm).transform}: write none, or compute=simulated"
-            )
-        specs = {name: recipe.resolved(name) for name in names}
-        for name, spec in specs.items():
-            if spec is None and any(specs.values()):
-                found.append(f"{name}=none beside a quantized operand: write int8_row there, or none in both")
-            elif spec is not None and (problem := _unsupported(spec)):
-                found.append(f"{name}={spec}: {problem}")
-    return found
-
-
-def _unsupported(spec: QuantSpec) -> str:
-    number_format = spec.number_format
-    if not spec.symmetric or not isinstance(number_format, IntegerFormat) or not number_format.signed:
-        return "the GEMM multiplies symmetric integers, int2 ... int8; write int8_row"
-    if spec.granularity not in ("row", "tensor"):
-        return f"{spec.granularity} scales do not fold out of a GEMM; write {spec.format}_row or {spec.format}_tensor"
-    if spec.clip != "absmax":
-        return f"clip={spec.clip}: the kernel takes absmax"
-    if spec.estimator != "ste":
-        return f"estimator={spec.estimator}: the native path has ste"
-    if spec.scale_format != "float32" or spec.tensor_scale or spec.min_scale != MIN_SCALE:
-        return "the kernel has float32 scales, of at least 2^-100"
-    return ""
-
-
-def runs_natively(recipe: LinearRecipe, gemm: str) -> bool:
-    """Whether that GEMM of a native layer multiplies codes; else both of its operands are in high precision."""
-    return recipe.resolved(OPERANDS[gemm][0]) is not None
+from .native_ops import missing_on, runs_natively
+from .prologue import Prologue
+from .shared_codes import SharedCodes
 
 
 class Codes(NamedTuple):
@@ -82,6 +40,9 @@ class Codes(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+
+
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Side(NamedTuple):
@@ -97,8 +58,10 @@ class _Side(NamedTuple):
 class NativeGemms:
     """The three GEMMs of one layer at one moment, on codes."""
 
-    def __init__(self, recipe: LinearRecipe, draws: Draws, dtype: torch.dtype) -> None:
-        self.recipe, self.draws, self.dtype = recipe, draws, dtype
+    def __init__(
+        self, recipe: LinearRecipe, draws: Draws, dtype: torch.dtype, shared: SharedCodes | None = None
+    ) -> None:
+        self.recipe, self.draws, self.dtype, self.shared = recipe, draws, dtype, shared
 
     def quantized(
         self, x: Tensor, rows: str | None, columns: str | None, row_fold: Tensor | None = None, column_fold: Tensor | None = None
@@ -134,31 +97,42 @@ class NativeGemms:
                 scale = scale[:1]
         return Codes(codes, scale)
 
-    def fprop(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Codes | None, Codes | None]:
-        """x [T, I] -> y [T, O], and the codes of x and W where they are quantized."""
-        if not runs_natively(self.recipe, "fprop"):
-            return self._high_precision(x, weight, self.dtype, bias), None, None
-        xq, _ = self.quantized(x, "fprop.input", None)
-        wq, _ = self.quantized(weight, "fprop.weight", None)
-        return int8_scaled_mm(xq.codes, wq.codes, xq.scale, wq.scale, bias, self.dtype), xq, wq
+    def of_input(self, x: Tensor, rows: str | None, columns: str | None) -> tuple[Codes, Codes]:
+        """``quantized`` of x [T, I], which other layers may have read before."""
+        if self.shared is None:
+            return self.quantized(x, rows, columns)
+        specs = tuple(None if name is None else self.recipe.resolved(name) for name in (rows, columns))
+        return self.shared.of(x, specs, lambda: self.quantized(x, rows, columns))
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, Codes | None, Kept]:
+        """x [T, I] -> y [T, O], the codes of W where they are quantized, and of x what the backward needs if ``keep``:
+        (x, None, None), or (None, codes, scale) of wgrad.input."""
+        recipe = self.recipe
+        native, codes = runs_natively(recipe, "fprop"), keep and recipe.saved == "quantized"
+        own = codes and recipe.wgrad.input != "fprop"
+        xq = columns = wq = None
+        if native or own:
+            xq, columns = self.of_input(x, "fprop.input" if native else None, "wgrad.input" if own else None)
+        if native:
+            assert xq is not None
+            wq, _ = self.quantized(weight, "fprop.weight", None)
+            y = int8_scaled_mm(xq.codes, wq.codes, xq.scale, wq.scale, bias, self.dtype)
+        else:
+            y = self._high_precision(x, weight, self.dtype, bias)
+        if not keep:
+            return y, wq, (None, None, None)
+        if codes:
+            kept = columns if own else xq
+            assert kept is not None
+            return y, wq, (None, *kept)
+        return y, wq, (x.to(self.dtype) if recipe.wgrad.input is None else x, None, None)
 
     def _high_precision(self, a: Tensor, b: Tensor, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
         return quantized_gemm(
             GemmOperand(a.to(self.dtype), None), GemmOperand(b.to(self.dtype), None), out, bias
         )
-
-    def kept_of_input(
-        self, x: Tensor, xq: Codes | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(x, None, None), or (None, codes, scale) of wgrad.input."""
-        if self.recipe.saved == "high_precision":
-            return (x.to(self.dtype) if self.recipe.wgrad.input is None else x), None, None
-        if self.recipe.wgrad.input == "fprop":
-            assert xq is not None
-            return None, *xq
-        return None, *self.quantized(x, None, "wgrad.input")[1]
 
     def dgrad_weight(self, weight: Tensor, reused: Codes | None) -> tuple[Codes, Tensor | None]:
         """W as [I, O], and what is to be multiplied into g [T, O] before it is quantized: [O] or None."""
@@ -166,13 +140,13 @@ class NativeGemms:
             return self.quantized(weight, None, "dgrad.weight")[1], None
         return _turned(reused)
 
-    def wgrad_input(self, kept: list[Tensor | None]) -> tuple[Codes, Tensor | None]:
+    def wgrad_input(self, kept: Kept) -> tuple[Codes, Tensor | None]:
         """x as [I, T], and what is to be multiplied into g [T, O]: [T] or None."""
         x, codes, scale = kept
         reuse = self.recipe.wgrad.input == "fprop"
         if x is not None:
             rows, columns = ("fprop.input", None) if reuse else (None, "wgrad.input")
-            found = self.quantized(x, rows, columns)
+            found = self.of_input(x, rows, columns)
             entered = found[0] if reuse else found[1]
         else:
             assert codes is not None
@@ -181,7 +155,7 @@ class NativeGemms:
         return _turned(entered) if reuse else (entered, None)
 
     def backward(
-        self, g: Tensor, weight: Tensor, reused: Codes | None, kept: list[Tensor | None], needs: tuple[bool, bool]
+        self, g: Tensor, weight: Tensor, reused: Codes | None, kept: Kept, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """g [T, O] -> dx [T, I], dW [O, I], each where it is needed."""
         native = {gemm: need and runs_natively(self.recipe, gemm) for gemm, need in zip(("dgrad", "wgrad"), needs, strict=True)}  # fmt: skip
@@ -225,12 +199,14 @@ def _unless(folded: Tensor | None, scale: Tensor) -> Tensor | None:
 
 
 class NativeLinear(torch.autograd.Function):
-    """y = x W^T + b with its gradients. Arguments as those of the simulated layer."""
+    """y = x W^T + b with its gradients; x = f(h) or f(h) * up where there is a prologue, else h. Arguments as those of
+    the simulated layer."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        h: Tensor,
+        up: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         counters: Tensor | None,
@@ -238,35 +214,43 @@ class NativeLinear(torch.autograd.Function):
         stream: int,
         dtype: torch.dtype,
         trains: bool,
+        prologue: Prologue | None,
+        shared: SharedCodes | None,
     ) -> Tensor:
-        if x.device.type != "cpu":
-            raise RuntimeError(
-                f"compute=native has int8 kernels for the CPU alone, and x is on {x.device}: pass recipe.compute=simulated"
-            )
+        if missing := missing_on(h.device.type, recipe):
+            raise RuntimeError(f"compute=native: {missing}: pass recipe.compute=simulated")
         counters = None if counters is None else counters.clone()
-        with torch.autocast(x.device.type, enabled=False):
-            gemms = NativeGemms(recipe, Draws(counters, stream), dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            x = h if prologue is None else prologue.value(h, up)
+            gemms = NativeGemms(recipe, Draws(counters, stream), dtype, shared if prologue is None else None)
             x2 = x.reshape(-1, x.shape[-1])
-            y, xq, wq = gemms.fprop(x2, weight, bias)
+            y, wq, kept = gemms.forward(x2, weight, bias, keep=trains and prologue is None)
             reused = wq if recipe.dgrad.weight == "fprop" else None
-            kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 3
-            ctx.save_for_backward(weight, counters, *(reused or (None, None)), *kept)
-        ctx.recipe, ctx.stream, ctx.dtype = recipe, stream, dtype
+            behind = (None, None) if prologue is None else (h, up)
+            ctx.save_for_backward(*behind, weight, counters, *(reused or (None, None)), *kept)
+        ctx.recipe, ctx.stream, ctx.dtype, ctx.prologue, ctx.shared = recipe, stream, dtype, prologue, shared
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, counters, w_codes, w_scale, *kept = ctx.saved_tensors
+        h, up, weight, counters, w_codes, w_scale, *rest = ctx.saved_tensors
+        dup = db = None
         with torch.autocast(weight.device.type, enabled=False):
-            gemms = NativeGemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype)
+            shared = ctx.shared if ctx.prologue is None else None
+            gemms = NativeGemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, shared)
             g = grads[0].reshape(-1, weight.shape[0])
             reused = None if w_codes is None else Codes(w_codes, w_scale)
-            needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            needs = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+            kept: Kept = (rest[0], rest[1], rest[2])
+            if ctx.prologue is not None and needs[1]:
+                kept = (ctx.prologue.value(h, up).reshape(-1, weight.shape[1]), None, None)
             dx, dw = gemms.backward(g, weight, reused, kept, needs)
             dx = None if dx is None else dx.to(ctx.x_dtype).reshape(ctx.x_shape)
+            if ctx.prologue is not None and dx is not None:
+                dx, dup = ctx.prologue.gradients(dx, h, up)
             dw = None if dw is None else dw.to(weight.dtype)
-            needs_bias = ctx.has_bias and ctx.needs_input_grad[2]
-            db = g.to(torch.float32).sum(0).to(weight.dtype) if needs_bias else None
-        return dx, dw, db, None, None, None, None, None
+            if ctx.has_bias and ctx.needs_input_grad[3]:
+                db = g.to(torch.float32).sum(0).to(weight.dtype)
+        return dx, dup, dw, db, *(None,) * 7

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .linear import k_major
+from .prologue import Prologue
 
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
@@ -103,11 +104,14 @@ class Call:
     """One passage through a layer: the tensors at its edges and the products in between. counters: of the clock, given:
     the ranges that have a state, as the layer was entered. needs_dx: whether its input asks for a gradient.
 
-    Parameters are those that the layer was entered with: where they are sharded, it is whole only then."""
+    Parameters are those that the layer was entered with: where they are sharded, it is whole only then. inputs: h and up
+    of a layer that owns a prologue, for which edges have ``dh`` and ``dup`` and no dx."""
 
     counters: Tensor
     needs_dx: bool
     given: dict[str, Tensor] = field(default_factory=dict)
+    prologue: Prologue | None = None
+    inputs: tuple[Tensor, Tensor | None] | None = None
     edges: dict[str, Tensor] = field(default_factory=dict)
     forward: list[Product] = field(default_factory=list)
     backward: list[Product] = field(default_factory=list)
@@ -116,6 +120,24 @@ class Call:
         """x, y, g, dx [T, .], weight, dW [O, I], bias or db [1, O] in float32, None where it was not seen."""
         tensor = self.edges.get(name)
         return None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).to(torch.float32)
+
+    def given_out(self, name: str) -> Tensor | None:
+        """y, dx, dW as the layer gave them out; of a prologue dh and dup, side by side, for dx."""
+        if name != "dx" or self.inputs is None:
+            return self.matrix(name)
+        parts = [
+            self.matrix(edge) for edge, of in zip(("dh", "dup"), self.inputs, strict=True) if of is not None
+        ]
+        return None if any(part is None for part in parts) else torch.cat(parts, 1)  # type: ignore[arg-type]
+
+    def through(self, name: str, result: Tensor) -> Tensor:
+        """A y, dx or dW in the form of ``given_out``: dx [T, I], rounded as x is, goes through the prologue."""
+        if name != "dx" or self.inputs is None or self.prologue is None:
+            return result
+        h, up = self.inputs
+        dx = result.to(self.edges["x"].dtype).reshape(h.shape)
+        parts = [d for d in self.prologue.gradients(dx, h, up) if d is not None]
+        return torch.cat([d.reshape(-1, d.shape[-1]).to(torch.float32) for d in parts], 1)
 
 
 class LayerProbe:
@@ -145,8 +167,14 @@ class LayerProbe:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         entering: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         key, x = next(iter(entering.items()))
-        call = Call(self.counters.clone(), x.requires_grad and torch.is_grad_enabled())
-        call.edges["x"] = x.detach().clone()
+        h, up = x if isinstance(x, tuple) else (x, None)
+        call = Call(self.counters.clone(), h.requires_grad and torch.is_grad_enabled())
+        call.prologue = getattr(module, "prologue", None)
+        if call.prologue is None:
+            call.edges["x"] = h.detach().clone()
+        else:
+            call.inputs = (h.detach().clone(), None if up is None else up.detach().clone())
+            call.edges["x"] = call.prologue.value(*call.inputs)
         quantizers = getattr(module, "quantizers", None)
         if quantizers is not None:
             call.given = {name: t.detach().clone() for name, t in quantizers.given().items()}
@@ -158,7 +186,8 @@ class LayerProbe:
                 kept = parameter.detach().clone()
                 call.edges[name] = k_major(module, kept) if name == "weight" else kept
                 module._parameters[name] = self._alias(call, parameter, gradient)  # type: ignore[assignment]
-        entering[key] = self._alias(call, x, "dx")
+        alias = self._alias(call, h, "dx" if call.prologue is None else "dh")
+        entering[key] = alias if up is None else (alias, self._alias(call, up, "dup"))
         self.watch.start(call.forward)
         return tuple(v for k, v in entering.items() if isinstance(k, int)), {
             k: v for k, v in entering.items() if not isinstance(k, int)

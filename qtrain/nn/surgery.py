@@ -22,19 +22,22 @@ from qtrain.quant import LinearRecipe, ModelRecipe
 from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
 from .linear import QuantizedLayer, k_major
-from .native import obstacles
+from .native_ops import kinds_of, missing_on, obstacles
+from .prologue import Prologue, sites
+from .shared_codes import SharedCodes
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision). Or a
     matrix outside of linear layers, of any shape and always in high precision. native: whether its GEMMs run on codes
-    or are simulated."""
+    or are simulated. recomputes: whether it owns the activation in front of it (``prologue``)."""
 
     name: str
     shape: tuple[int, ...]
     recipe: LinearRecipe | None
     native: bool = False
+    recomputes: bool = False
 
     @property
     def parameters(self) -> int:
@@ -95,7 +98,8 @@ class SurgeryReport:
                 transform = getattr(layer.recipe, gemm).transform
                 pair = f"{operands[2 * i]} | {operands[2 * i + 1]}"
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
-            saved = f"{layer.recipe.saved}, native" if layer.native else layer.recipe.saved
+            saved = "recomputed" if layer.recomputes else layer.recipe.saved
+            saved += ", native" if layer.native else ""
             table.add_row(layer.name, shape, *gemms, saved)
         simulated = self.simulated_only()
         if simulated:
@@ -155,26 +159,43 @@ def _native_layers(
     planned = {name: layer for name, layer in plan.items() if layer is not None}
     if recipe.compute == "simulated" or not planned:
         return "simulated", set()
-    why = "" if device in ("cpu", "meta") else f"there is no int8 GEMM of ours for {device}"
-    able = {name for name, layer in planned.items() if not obstacles(layer)}
+    why = {name: obstacles(layer) for name, layer in planned.items()}
+    for name, layer in planned.items():
+        missing = "" if device == "meta" else missing_on(device, layer)
+        if not why[name] and missing:
+            why[name] = [missing]
     if recipe.compute == "native":
-        if why:
-            raise ValueError(f"compute=native: {why}; pass recipe.compute=simulated or device=cpu")
-        for name in planned:
-            if name not in able:
+        for name, found in why.items():
+            if found:
                 raise ValueError(
-                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(obstacles(planned[name]))}; or "
-                    f"exclude the layer, or pass recipe.compute=simulated"
+                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(found)}; or exclude the layer, "
+                    "or pass recipe.compute=simulated"
                 )
-        return f"native, int8 on {tier()}", able
-    if not why and not able:
-        why = obstacles(next(iter(planned.values())))[0]
-    elif not why and tier().library is None:
-        why = f"only torch's int8 GEMM is here: {tier().reason}"
-    if why:
-        return f"simulated ({why})", set()
+    able = {name for name, found in why.items() if not found}
+    slow = (
+        f"only torch's int8 GEMM is here: {tier().reason}" if device == "cpu" and not tier().library else ""
+    )
+    if not able or (recipe.compute == "auto" and slow):
+        return f"simulated ({slow if able else next(iter(why.values()))[0]})", set()
+    kinds = sorted({kind for name in able for kind in kinds_of(planned[name])}, reverse=True)
     others = f", {len(planned) - len(able)} layers simulated" if len(able) < len(planned) else ""
-    return f"native, int8 on {tier()}{others}", able
+    return f"native, {' and '.join(kinds)} on {tier() if device in ('cpu', 'meta') else device}{others}", able
+
+
+def _recomputing(
+    model: nn.Module, recipe: ModelRecipe, plan: dict[str, LinearRecipe | None]
+) -> dict[str, Prologue]:
+    """The layers that own the activation in front of them, and its function."""
+    if not recipe.recompute_activations:
+        return {}
+    found = {name: site.prologue for name, site in sites(model).items() if plan.get(name) is not None}
+    if not found:
+        raise ValueError(
+            f"recompute_activations=true: {type(model).__name__} has no quantized layer that alone reads an activation (a "
+            "module with read_by says where; Hugging Face's have none, and a norm between them is one reader more); "
+            "pass recompute_activations=false"
+        )
+    return found
 
 
 def apply_recipe(
@@ -201,15 +222,26 @@ def apply_recipe(
     _check_outside(recipe, outside)
     device = device or next(iter(linears.values())).weight.device.type  # type: ignore[union-attr, assignment]
     compute, native = _native_layers(recipe, plan, linears, str(device))
-    clock = Clock(seed)
+    reading = _recomputing(model, recipe, plan)
+    clock, shared = Clock(seed), SharedCodes()
+    for name, site in sites(model).items():
+        site.set(deferred=name in reading)
     for name, layer in linears.items():
         layer_recipe = plan[name]
         if layer_recipe is not None:
-            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock, native=name in native)
+            QuantizedLayer.convert(
+                layer,
+                layer_recipe,
+                name=name,
+                clock=clock,
+                native=name in native,
+                prologue=reading.get(name),
+                shared=shared,
+            )
         elif isinstance(layer, QuantizedLayer):
             layer.revert()
     layers = [
-        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native)
+        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native, name in reading)
         for name, layer in linears.items()
     ]
     layers += [LayerReport(name, tuple(matrix.shape), None) for name, matrix in outside.items()]

@@ -214,13 +214,15 @@ class ModelRecipe:
     in high precision, whatever the rules. A pattern that matches nothing is an error (raised by
     ``qtrain.nn.apply_recipe``). compute: ``simulated`` multiplies grid values in ordinary GEMMs; ``native`` multiplies
     codes on low-precision hardware, or raises; ``auto`` is native in the layers and on the machines that have a fast
-    native path, else simulated, and the surgery's report says where.
+    native path, else simulated, and the surgery's report says where. recompute_activations: quantized layers that alone
+    read an activation (an MLP's ``down``) save its inputs and not what they read, which the backward computes again.
     """
 
     linear: LinearRecipe | None = None
     rules: Sequence[Rule] = ()
     exclude: Sequence[str] = ()
     compute: str = "simulated"
+    recompute_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.linear is not None:
@@ -228,6 +230,10 @@ class ModelRecipe:
         object.__setattr__(self, "rules", tuple(_as(Rule, r) for r in self.rules))
         exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
         object.__setattr__(self, "exclude", exclude)
+        if not isinstance(self.recompute_activations, bool):
+            raise TypeError(
+                f"recompute_activations={self.recompute_activations!r}: allowed are true and false"
+            )
         if self.compute not in COMPUTES:
             raise ValueError(
                 f"compute={self.compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in "

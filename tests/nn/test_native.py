@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from layer_recipes import LAYERS
 from layer_steps import OFFSET, SEED, STEP, assert_follows, hostile, step
 from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
+from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import nn
 
 from qtrain.nn import Clock, QuantizedLinear, apply_recipe
-from qtrain.nn.native import NativeLinear, obstacles
+from qtrain.nn.native import NativeLinear
+from qtrain.nn.native_ops import obstacles
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 ALL = {
@@ -208,16 +211,29 @@ def test_what_has_no_native_path_is_refused(recipe: dict, text: str) -> None:
     assert not model[0].native
 
 
-def test_other_devices_are_refused() -> None:
+def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, recipe = nn.Sequential(nn.Linear(8, 8)), ALL["int8_reused"]
-    with pytest.raises(ValueError, match="no int8 GEMM of ours for cuda"):
+    monkeypatch.setattr(int8_scaled_mm, "kernels", {"cpu": int8_scaled_mm.kernels["cpu"]})
+    lacks = "int8 on cuda has no kernel of int8_scaled_mm (there is one for cpu)"
+    monkeypatch.setattr(quantize_rows_columns, "kernels", {"cpu": "", "cuda": ""})
+    with pytest.raises(ValueError, match=re.escape(f"compute=native: 0 (Linear): {lacks}")):
         apply_recipe(model, ModelRecipe(linear=recipe, compute="native"), device="cuda")
     report = apply_recipe(model, ModelRecipe(linear=recipe, compute="auto"), device="cuda")
-    assert report.compute == "simulated (there is no int8 GEMM of ours for cuda)"
+    assert report.compute == f"simulated ({lacks})"
+    monkeypatch.undo()
     apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
-    nothing = (None, None, model[0].recipe, 0, torch.float32, True)
-    with pytest.raises(RuntimeError, match="int8 kernels for the CPU alone, and x is on meta"):
-        NativeLinear.apply(torch.zeros(3, 8, device="meta"), model[0].weight, *nothing)
+    nothing = (None, None, model[0].recipe, 0, torch.float32, True, None, None)
+    with pytest.raises(RuntimeError, match="int8 on meta has no kernel of quantize_rows_columns"):
+        NativeLinear.apply(torch.zeros(3, 8, device="meta"), None, model[0].weight, *nothing)
+
+
+def test_a_device_with_both_kernels_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (int8_scaled_mm, quantize_rows_columns):
+        monkeypatch.setattr(op, "kernels", {"cuda": "", "cpu": ""})
+    model = nn.Sequential(nn.Linear(8, 8))
+    report = apply_recipe(model, ModelRecipe(linear=ALL["int8_reused"], compute="native"), device="cuda")
+    assert report.compute == "native, int8 on cuda"
+    assert report.layers[0].native
 
 
 def test_auto_is_native_where_kernels_were_built(monkeypatch: pytest.MonkeyPatch) -> None:

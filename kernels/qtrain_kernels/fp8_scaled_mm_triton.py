@@ -1,0 +1,71 @@
+"""fp8_scaled_mm on a GPU: the kernels of ``scaled_mm_triton`` with float32 sums, or ``torch._scaled_mm``.
+
+Config("library") is torch's: cuBLAS with one scale a side, CUTLASS with scales of rows, ``use_fast_accum=False`` for
+both. It takes dimensions in multiples of 16, no bias, and for scales of rows bfloat16 outputs; ``library_takes`` says
+so. A config that cannot run raises; none is replaced by another.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from qtrain_kernels import fp8_scaled_mm as declaration
+from qtrain_kernels.int8_scaled_mm import epilogue
+from qtrain_kernels.scaled_mm_config import LIBRARY, Config, choose, properties
+from qtrain_kernels.scaled_mm_triton import fastest, k_major, scaled_mm
+
+MIN_CAPABILITY = (9, 0)
+
+
+def launch(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """As ``reference``; ``config``: this one instead of the one that is chosen for the shape. Raises RuntimeError on a GPU
+    without fp8 tensor cores."""
+    declaration.check(a, b, a_scale, b_scale, bias, out_dtype)
+    if properties(a.device)[0] < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"fp8_scaled_mm needs compute capability 9.0 (H100) or later, not {torch.cuda.get_device_name(a.device)}; "
+            "use an int8 recipe there"
+        )
+    if 0 in (*a.shape, b.shape[0]):
+        sums = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.float32, device=a.device)
+        return epilogue(sums, a_scale, b_scale, bias, out_dtype)
+
+    def run(chosen: Config) -> Tensor:
+        if chosen == LIBRARY:
+            return _library(a, b, a_scale, b_scale, out_dtype)
+        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, declaration.PROMOTED)
+
+    (M, K), N = a.shape, b.shape[0]
+    extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []
+    if config is None:
+        config = choose("fp8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run), extra)
+    return run(config)
+
+
+def library_takes(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> bool:  # fmt: skip
+    """Whether ``torch._scaled_mm`` computes this op on these arguments."""
+    of_tensors = all(v is None or v.shape[0] == 1 for v in (a_scale, b_scale))
+    multiples = a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0
+    return a.is_cuda and bias is None and multiples and (of_tensors or out_dtype == torch.bfloat16)
+
+
+def _library(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    one = torch.ones(1, device=a.device)
+    left, right = (one if v is None else v for v in (a_scale, b_scale))
+    if left.shape[0] > 1 or right.shape[0] > 1:
+        left = left.expand(a.shape[0]).contiguous()[:, None]
+        right = right.expand(b.shape[0]).contiguous()[None, :]
+    else:
+        left, right = left.reshape(()), right.reshape(())
+    return torch._scaled_mm(
+        k_major(a), k_major(b).t(), left, right, out_dtype=out_dtype, use_fast_accum=False
+    )

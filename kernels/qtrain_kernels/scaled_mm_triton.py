@@ -1,0 +1,279 @@
+"""The kernels that the scaled GEMMs share: int8 and fp8 codes, scales, bias and one rounding in the epilogue.
+
+    y [M, N] = round((acc(a [M, K] . b [N, K]^T) * a_scale) * b_scale + bias)
+
+Two variants, chosen by ``Config``. ``tma``: tiles come through tensor descriptors (sm_90 and later), in a persistent
+grid. ``pointer``: masked loads, one tile a program, on every GPU. Both walk the output in groups of GROUP_M rows of
+tiles, so that the tiles in flight share their operands in L2. Where the output has fewer tiles than the GPU
+multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in order by a second kernel, which never
+depends on who finishes first.
+
+Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
+descriptors and wide loads want aligned rows. ``k_major`` copies what is not so; bytes are moved, never converted.
+
+M, N free indices, K contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qtrain_kernels.scaled_mm_config import Config, properties
+
+NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
+COPY_BLOCK = 128
+PART_ROWS, PART_COLUMNS = 16, 256
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+OPTIONS = {"enable_fp_fusion": False}  # a contracted multiply-add rounds once where the equation rounds twice
+
+
+@triton.jit
+def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Number of a tile -> its row and column of tiles."""
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * GROUP_M
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    return first + tile % per_group % height, tile % per_group // height
+
+
+@triton.jit
+def _scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
+            A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """The epilogue in float32, each operation rounded once."""
+    y = y.to(tl.float32)
+    if A_SCALE == VECTOR:
+        y = y * tl.expand_dims(tl.load(a_scale_ptr + rows, mask=rows < M, other=0.0), 1)
+    elif A_SCALE == SCALAR:
+        y = y * tl.load(a_scale_ptr)
+    if B_SCALE == VECTOR:
+        y = y * tl.expand_dims(tl.load(b_scale_ptr + columns, mask=columns < N, other=0.0), 0)
+    elif B_SCALE == SCALAR:
+        y = y * tl.load(b_scale_ptr)
+    if BIAS:
+        y = y + tl.expand_dims(tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32), 0)
+    return y
+
+
+@triton.jit
+def _rounded(y, dtype: tl.constexpr):
+    """float32 -> ``dtype``, half to even. The interpreter would cut bits off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(y == y, even, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return y.to(dtype)
+
+
+@triton.jit
+def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
+           RAW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Sums [HEIGHT, WIDTH] at row m, column n -> y, through the epilogue unless RAW."""
+    rows, columns = m + tl.arange(0, HEIGHT), n + tl.arange(0, WIDTH)
+    if RAW:
+        out = acc
+    else:
+        out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
+    if STORE_TMA:
+        y.store([m, n], _rounded(out, y.dtype))
+    else:
+        pointers = y_ptr + tl.expand_dims(rows.to(tl.int64) * N, 1) + tl.expand_dims(columns, 0)
+        mask = (tl.expand_dims(rows, 1) < M) & (tl.expand_dims(columns, 0) < N)
+        tl.store(pointers, _rounded(out, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled_mm_tma_kernel(
+    a, b, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
+    A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr, STORE_TMA: tl.constexpr, SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """a, b, y: descriptors of [M, K], [N, K], [M, N]; y is read with STORE_TMA alone, y_ptr without. With SPLIT, y_ptr takes
+    the sums of each part, [SPLIT, M, N] of ACC."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
+    for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=FLATTEN):
+        i, j = _tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        m, n, start = i * BLOCK_M, j * BLOCK_N, unit // tiles * steps * BLOCK_K
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+        for k in range(steps):
+            rows = a.load([m, start + k * BLOCK_K])
+            columns = b.load([n, start + k * BLOCK_K])
+            acc = tl.dot(rows, columns.T, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+        part_ptr = y_ptr + (unit // tiles).to(tl.int64) * M * N
+        if SUBTILE:
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            _store(left, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(right, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n + BLOCK_N // 2, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+        else:
+            _store(acc, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _add_parts_kernel(
+    parts_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N,
+    A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """[SPLIT, M, N] sums -> y [M, N], added in the order of the parts."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    m, n = tl.program_id(0) // tiles * BLOCK_M, tl.program_id(0) % tiles * BLOCK_N
+    rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    mask = (tl.expand_dims(rows, 1) < M) & (tl.expand_dims(columns, 0) < N)
+    pointers = parts_ptr + tl.expand_dims(rows.to(tl.int64) * N, 1) + tl.expand_dims(columns, 0)
+    acc = tl.load(pointers, mask=mask, other=0.0)
+    for _ in tl.static_range(SPLIT - 1):
+        pointers += M.to(tl.int64) * N
+        acc += tl.load(pointers, mask=mask, other=0.0)
+    _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _scaled_mm_pointer_kernel(
+    a_ptr, b_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K, stride_am, stride_bn,
+    A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    i, j = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = i * BLOCK_M, j * BLOCK_N
+    # Rows past the end wrap around: they are read from memory that exists, and never stored.
+    rows = ((m + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
+    columns = ((n + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    a = a_ptr + tl.expand_dims(rows * stride_am, 1) + tl.expand_dims(inner, 0)
+    b = b_ptr + tl.expand_dims(inner, 1) + tl.expand_dims(columns * stride_bn, 0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for k in range(tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            left, right = tl.load(a), tl.load(b)
+        else:
+            inside = inner < K - k * BLOCK_K
+            left = tl.load(a, mask=tl.expand_dims(inside, 0), other=0.0)
+            right = tl.load(b, mask=tl.expand_dims(inside, 1), other=0.0)
+        acc = tl.dot(left, right, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+        a += BLOCK_K
+        b += BLOCK_K
+    _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def _k_major_kernel(
+    x_ptr, y_ptr, R, C, stride_xr, stride_xc, stride_yr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """[R, C] bytes of any strides -> rows of C bytes, stride_yr apart."""
+    tiles = tl.cdiv(C, BLOCK_C)
+    row = tl.expand_dims((tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R), 1)
+    column = tl.expand_dims((tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C), 0)
+    mask = (row < R) & (column < C)
+    row, column = row.to(tl.int64), column.to(tl.int64)
+    x = tl.load(x_ptr + row * stride_xr + column * stride_xc, mask=mask)
+    tl.store(y_ptr + row * stride_yr + column, x, mask=mask)
+
+
+def k_major(x: Tensor) -> Tensor:
+    """[R, C] of a 1-byte dtype -> the same with unit stride along C and rows of a multiple of 16 bytes; ``x`` itself
+    where it is so already. The padding between rows is not written: nothing reads it."""
+    aligned = x.stride(0) % ALIGNMENT == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % ALIGNMENT == 0
+    if x.stride(1) == 1 and aligned:
+        return x
+    R, C = x.shape
+    pitch = triton.cdiv(C, ALIGNMENT) * ALIGNMENT
+    y = torch.empty((R, pitch), dtype=torch.int8, device=x.device)
+    grid = (triton.cdiv(R, COPY_BLOCK) * triton.cdiv(C, COPY_BLOCK),)
+    _k_major_kernel[grid](
+        x.view(torch.int8), y, R, C, x.stride(0), x.stride(1), pitch,
+        BLOCK_R=COPY_BLOCK, BLOCK_C=COPY_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y.view(x.dtype)[:, :C]
+
+
+def _mode(vector: Tensor | None) -> int:
+    return 0 if vector is None else 1 if vector.shape[0] == 1 else 2
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
+    config: Config, acc: Any, imprecise: int | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] by ``config``. Arguments as those of the ops, not empty; ``acc``: Triton dtype of the sums; ``imprecise``: how
+    many products at most are summed in the tensor core's own accumulators."""
+    a, b = k_major(a), k_major(b)
+    (M, K), N = a.shape, b.shape[0]
+    y = torch.empty((M, N), dtype=out_dtype, device=a.device)
+    pointers = [y if v is None else v.contiguous() for v in (a_scale, b_scale, bias)]
+    modes = {"A_SCALE": _mode(a_scale), "B_SCALE": _mode(b_scale), "BIAS": bias is not None}
+    shared = {"ACC": acc, "IMPRECISE": imprecise, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    shared |= {"BLOCK_K": config.BLOCK_K, "GROUP_M": config.GROUP_M, **modes, **OPTIONS}
+    shared |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    if config.variant == "pointer":
+        _scaled_mm_pointer_kernel[(tiles,)](
+            a, b, y, *pointers, M, N, K, a.stride(0), b.stride(0), EVEN_K=K % config.BLOCK_K == 0, **shared
+        )
+    elif config.variant == "tma":
+        _launch_tma(a, b, y, pointers, tiles, config, shared, modes)
+    else:
+        raise ValueError(f"config {config.name}: the variants of these kernels are tma and pointer")
+    return y
+
+
+def _launch_tma(
+    a: Tensor, b: Tensor, y: Tensor, pointers: list[Tensor], tiles: int, config: Config, shared: dict[str, Any],
+    modes: dict[str, Any],
+) -> None:  # fmt: skip
+    (M, K), N = a.shape, b.shape[0]
+    split = config.SPLIT > 1
+    sums = torch.int32 if a.dtype == torch.int8 else torch.float32
+    target = torch.empty((config.SPLIT, M, N), dtype=sums, device=a.device) if split else y
+    columns = config.BLOCK_N // (2 if config.subtile else 1)
+    store_tma = config.store_tma and N * y.element_size() % ALIGNMENT == 0 and not split
+    programs = tiles * config.SPLIT
+    if config.persistent:
+        programs = min(programs, properties(a.device)[1])
+    _scaled_mm_tma_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a, [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(b, [config.BLOCK_N, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(y, [config.BLOCK_M, columns]) if store_tma else y,
+        target, *pointers, M, N, K,
+        SPLIT=config.SPLIT, FLATTEN=config.persistent and config.flatten, STORE_TMA=store_tma, SUBTILE=config.subtile, **shared,
+    )  # fmt: skip
+    if split:
+        grid = (triton.cdiv(M, PART_ROWS) * triton.cdiv(N, PART_COLUMNS),)
+        _add_parts_kernel[grid](
+            target, y, *pointers, M, N, SPLIT=config.SPLIT, BLOCK_M=PART_ROWS, BLOCK_N=PART_COLUMNS, **modes, **OPTIONS
+        )  # fmt: skip
+
+
+def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
+    """Time ``run`` under each config; those that the GPU has not the shared memory for drop out. Raises the last error
+    where none runs."""
+    times: dict[Config, float] = {}
+    error: Exception | None = None
+    for config in configs:
+        try:
+            times[config] = triton.testing.do_bench(
+                lambda c=config: run(c), warmup=5, rep=25, return_mode="median"
+            )
+        except triton.runtime.errors.OutOfResources as found:
+            error = found
+    if not times:
+        assert error is not None
+        raise error
+    return min(times, key=lambda c: times[c])
