@@ -39,7 +39,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pytorch_lightning": (),  # the same library under its old name
     "hydra": ("commands", "top"),
     "omegaconf": ("commands", "top"),
-    "bitsandbytes": ("qtrain/optim/bnb.py",),
+    "bitsandbytes": ("qtrain/optim/bnb.py", "kernels/qtrain_kernels/adamw_problems.py"),
     "wandb": ("training", "qtrain/analysis/wandb_runs.py"),
     "triton": ("kernels",),
 }

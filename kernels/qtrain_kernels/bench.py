@@ -54,13 +54,15 @@ Row = dict[str, Any]
 def contenders(
     op: Op[Any, Any], inputs: tuple[Any, ...], rivals: Sequence[str]
 ) -> dict[str, Callable[[], Any]]:
-    """What is timed on ``inputs``: the op first, then the rivals asked for."""
+    """What is timed on ``inputs``: the op first, then the rivals asked for. Of an op that writes in place none: eager, its
+    reference is no rival but a definition, and many tensors would be compiled one by one."""
     torch.compiler.reset()  # each workload's shape is compiled for itself, not as a dynamic shape of the last
     compiled = torch.compile(op.reference, dynamic=False)
     known: dict[str, Callable[..., Any]] = {"eager": op.reference, "compiled": compiled}
     if unknown := set(rivals) - set(known):
         raise ValueError(f"unknown rivals {sorted(unknown)}; the rivals are {sorted(known)}")
-    functions: dict[str, Callable[..., Any]] = {"op": op} | {name: known[name] for name in rivals}
+    functions: dict[str, Callable[..., Any]] = {"op": op}
+    functions |= {} if op.mutates else {name: known[name] for name in rivals}
     return {name: functools.partial(f, *inputs) for name, f in functions.items()}
 
 
@@ -136,8 +138,8 @@ def measure(
     """One row a contender, the roof included. A rival that fails is a row that says why; the op itself raises."""
     inputs = workload.inputs(device)
     functions = contenders(op, inputs, rivals)
-    want = op.reference(*workload.inputs(device))
-    agrees = {"op": agreement(functions["op"](), want)}
+    want = contract.effects(op, op.reference, workload.inputs(device))
+    agrees = {"op": agreement(contract.effects(op, op, workload.inputs(device)), want)}
     missing: dict[str, str] = {}
     for name in set(functions) - {"op"}:
         try:

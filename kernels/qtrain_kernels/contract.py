@@ -4,7 +4,7 @@
     outputs        same shape, strides and dtype, on the device of the inputs; every element written (memory that is
                    handed out uninitialised is poisoned first)
     determinism    a second run gives the same bits
-    inputs         unchanged
+    inputs         unchanged, but for those that the op says it writes, which are compared like outputs
     execution      the op's counter moves by one a call, under the implementation that was meant
 
 The tests, the interpreter check and the benchmark share this one list, so that no number is printed from a
@@ -14,6 +14,7 @@ kernel the tests would refuse. The meaning of the reference itself is tested aga
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,9 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def to_device(x: Any, device: str) -> Any:
-    """``x`` on ``device`` with the same size, strides and storage offset, whatever they are."""
+    """``x`` on ``device`` with the same size, strides and storage offset, whatever they are; lists likewise."""
+    if isinstance(x, list):
+        return [to_device(each, device) for each in x]
     if not isinstance(x, Tensor):
         return x
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
@@ -52,7 +55,18 @@ def to_device(x: Any, device: str) -> Any:
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """An op's result as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return () if result is None else (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def effects(op: Op[Any, Any], run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What ``run`` returns, then what it wrote in place: the tensors of the arguments that the op mutates."""
+    result = outputs(run(*inputs))
+    written = [x for name, x in zip(_names(op), inputs, strict=False) if name in op.mutates]
+    return result + tuple(t for x in written for t in (x if isinstance(x, list) else [x]))
+
+
+def _names(op: Op[Any, Any]) -> list[str]:
+    return list(inspect.signature(op.reference).parameters)
 
 
 def difference(op: Op[Any, Any], got: Tensor, want: Tensor) -> str | None:
@@ -91,19 +105,18 @@ def failures(
 def _case_failures(
     op: Op[Any, Any], case: Callable[[], tuple[Any, ...]], device: str, run: Callable[..., Any], counted: bool
 ) -> list[str]:
-    want = outputs(op.reference(*case()))
+    want = effects(op, op.reference, case())
     key = device if device in op.kernels else "reference"
     before = op.executions[key]
     runs, found = [], []
     for _ in range(2):
         inputs = tuple(to_device(x, device) for x in case())
         with poisoned_memory():
-            runs.append(outputs(run(*inputs)))
-        if op.mutates:
-            continue
-        for i, (x, original) in enumerate(zip(inputs, case(), strict=True)):
-            if isinstance(x, Tensor) and not same_bits(x, original):
-                found.append(f"argument {i} was changed")
+            runs.append(effects(op, run, inputs))
+        for name, x, original in zip(_names(op), inputs, case(), strict=False):
+            pairs = zip(x, original, strict=True) if isinstance(x, list) else [(x, original)]
+            if name not in op.mutates and not all(same_bits(a, b) for a, b in pairs if isinstance(a, Tensor)):
+                found.append(f"argument {name} was changed")
     if counted and op.executions[key] - before != 2:
         found.append(f"the {key!r} body ran {op.executions[key] - before} times in 2 calls")
     if len(runs[0]) != len(want):

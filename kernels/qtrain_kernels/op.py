@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -186,7 +187,7 @@ def _resolved(function: Callable[..., Any]) -> Callable[..., Any]:
 def _current_device(args: tuple[Any, ...], implementation: str) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     if implementation == "cuda":
-        for arg in args:
+        for arg in chain.from_iterable(x if isinstance(x, list) else [x] for x in args):
             if isinstance(arg, Tensor) and arg.is_cuda:
                 return torch.cuda.device_of(arg)
     return nullcontext()

@@ -49,7 +49,7 @@ def test_the_registry_finds_the_ops():
 def test_reference_equals_numpy(op):
     compute = oracle(op.name)
     for name, case in op.cases.items():
-        got = contract.outputs(op.reference(*case()))
+        got = contract.effects(op, op.reference, case())
         for i, (a, b) in enumerate(zip(got, compute(*case()), strict=True)):
             want = b if isinstance(b, torch.Tensor) else torch.from_numpy(np.asarray(b))
             assert contract.difference(op, a, want) is None, f"{name}, output {i}"
@@ -76,18 +76,19 @@ def checks_of(inputs: tuple[Any, ...]) -> tuple[str, ...]:
 def test_registration(op):
     """Schema, fake, autograd registration and functionalisation, as torch checks them."""
     for inputs in few_cases(op):
-        if not any(out.isnan().any() for out in contract.outputs(op(*inputs))):  # to opcheck, NaN is not NaN
+        # To opcheck, NaN is not NaN
+        if not any(out.isnan().any() for out in contract.effects(op, op, inputs)):
             torch.library.opcheck(op.overload, inputs, test_utils=checks_of(inputs))
 
 
 def test_fullgraph_compile_gives_the_same_bits_and_counts(op):
-    for inputs in few_cases(op):
+    for inputs, again, traced in zip(few_cases(op), few_cases(op), few_cases(op), strict=True):
         torch.compiler.reset()
         compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
-        want = contract.outputs(op(*inputs))
-        compiled(*inputs)
+        want = contract.effects(op, op, inputs)
+        compiled(*traced)
         before = op.calls
-        got = contract.outputs(compiled(*inputs))
+        got = contract.effects(op, compiled, again)
         assert op.calls == before + 1
         assert all(contract.same_bits(a, b) for a, b in zip(got, want, strict=True))
 
@@ -96,7 +97,7 @@ def test_tracing_is_not_counted(op):
     inputs = few_cases(op)[0]
     before = op.calls
     with torch._subclasses.FakeTensorMode() as mode:
-        op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs))
+        op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
     assert op.calls == before
 
 
