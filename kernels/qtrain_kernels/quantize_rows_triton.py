@@ -50,6 +50,14 @@ def _magnitude_bits(x):
 
 
 @triton.jit
+def _scale(amax, qmax):
+    """float32 amax -> scale and 1 / scale."""
+    scale = tl.math.div_rn(amax, tl.zeros(amax.shape, tl.float32) + qmax.to(tl.float32))
+    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)  # a NaN stays
+    return scale, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
 def _codes(x, inv, column, r0, r1, qmax, STOCHASTIC: tl.constexpr):
     """x, inv float32 -> int8 codes."""
     v = x * inv
@@ -103,10 +111,9 @@ def _quantize_rows_kernel(
             magnitude = tl.maximum(magnitude, _magnitude_bits(x))
     amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_R]
 
-    scale = tl.math.div_rn(amax, tl.zeros([BLOCK_R], tl.float32) + qmax.to(tl.float32))
-    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)  # a NaN stays
+    scale, inv = _scale(amax, qmax)
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inv = tl.expand_dims(tl.math.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), scale), 1)
+    inv = tl.expand_dims(inv, 1)
 
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
@@ -123,9 +130,9 @@ def _quantize_rows_kernel(
             tl.store(codes_row + column, _codes(x, inv, column, r0, r1, qmax, STOCHASTIC), mask=mask)
 
 
-def tile(C: int) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of ``C`` columns."""
-    one_pass = C <= ONE_PASS_COLUMNS
+def tile(C: int, one_pass_columns: int = ONE_PASS_COLUMNS) -> dict[str, int | bool]:
+    """The block sizes and warps for rows of ``C`` columns, which stay in registers up to ``one_pass_columns``."""
+    one_pass = one_pass_columns >= C
     BLOCK_C = max(16, triton.next_power_of_2(C)) if one_pass else LOOP_COLUMNS
     BLOCK_R = max(1, SHORT_TILE // BLOCK_C)
     num_warps = BLOCK_R * BLOCK_C // ELEMENTS_PER_WARP
