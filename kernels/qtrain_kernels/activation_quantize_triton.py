@@ -24,7 +24,7 @@ from qtrain_kernels import activation_quantize as declaration
 from qtrain_kernels.aot import Build
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.quantize_rows import MIN_SCALE
-from qtrain_kernels.quantize_rows_triton import OPTIONS, _codes, _magnitude_bits, _scale, tile
+from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
 from qtrain_kernels.rounding_triton import rounded
 
 ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
@@ -97,19 +97,17 @@ def _activation_rows_kernel(
     if ONE_PASS:
         mask = in_rows & (block < C)
         y = _load_y(h_row + block * stride_hc, up_row + block * stride_uc, mask, ACTIVATION, GATED)
-        magnitude = _magnitude_bits(y)
+        magnitude = magnitude_bits(y)
     else:
         magnitude = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
-            magnitude = tl.maximum(magnitude, _magnitude_bits(y))
-    amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_R]
-
-    scale, inv = _scale(amax, qmax)
+            magnitude = tl.maximum(magnitude, magnitude_bits(y))
+    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inv = tl.expand_dims(inv, 1)
+    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
 
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
@@ -117,13 +115,15 @@ def _activation_rows_kernel(
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        tl.store(codes_row + block, _codes(y, inv, block, r0, r1, qmax, STOCHASTIC), mask=mask)
+        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
-            tl.store(codes_row + column, _codes(y, inv, column, r0, r1, qmax, STOCHASTIC), mask=mask)
+            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _activation_maxima_kernel(
         mask = (row < R) & (column < C)
         h = h_ptr + row * stride_hr + column * stride_hc
         up = up_ptr + row * stride_ur + column * stride_uc
-        magnitude = _magnitude_bits(_load_y(h, up, mask, ACTIVATION, GATED))
+        magnitude = magnitude_bits(_load_y(h, up, mask, ACTIVATION, GATED))
         column_amax = tl.max(magnitude, axis=0)
         tl.atomic_max(column_amax_ptr + column_index, column_amax, mask=column_index < C, sem="relaxed")
         if ROWS:
@@ -211,29 +211,29 @@ def _activation_both_kernel(
         seed, step, offset = tl.load(seed_ptr), tl.load(step_ptr), tl.load(row_offset_ptr)
     r0, r1 = 0, 0
     if ROWS:
-        amax = tl.load(row_amax_ptr + row_index, mask=row_index < R, other=0).to(tl.float32, bitcast=True)
-        scale, inv = _scale(amax, row_qmax)
+        amax = tl.load(row_amax_ptr + row_index, mask=row_index < R, other=0)
+        scale, inverse, finite = scale_and_inverse(amax, row_qmax)
         if column_tile == 0:
             tl.store(row_scale_ptr + row_index, scale, mask=row_index < R)
         if ROW_STOCHASTIC:
             k0, k1 = key(seed, step, row_stream)
             r0, r1 = row_keys(row + offset, k0, k1)
-        codes = _codes(y, tl.expand_dims(inv, 1), column, r0, r1, row_qmax, ROW_STOCHASTIC)
-        tl.store(row_codes_ptr + row * C + column, codes, mask=mask)
+        inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
+        code = codes(y, inverse, finite, column, r0, r1, row_qmax, ROW_STOCHASTIC)
+        tl.store(row_codes_ptr + row * C + column, code.to(tl.int8), mask=mask)
 
-    amax = tl.load(column_amax_ptr + column_index, mask=column_index < C, other=0).to(
-        tl.float32, bitcast=True
-    )
-    scale, inv = _scale(amax, column_qmax)
+    amax = tl.load(column_amax_ptr + column_index, mask=column_index < C, other=0)
+    scale, inverse, finite = scale_and_inverse(amax, column_qmax)
     if row_tile == 0:
         tl.store(column_scale_ptr + column_index, scale, mask=column_index < C)
     if COLUMN_STOCHASTIC:
         k0, k1 = key(seed, step, column_stream)
         r0, r1 = row_keys(row + offset, k0, k1)
-    codes = _codes(y, tl.expand_dims(inv, 0), column, r0, r1, column_qmax, COLUMN_STOCHASTIC)
+    inverse, finite = tl.expand_dims(inverse, 0), tl.expand_dims(finite, 0)
+    code = codes(y, inverse, finite, column, r0, r1, column_qmax, COLUMN_STOCHASTIC)
     transposed = tl.expand_dims(column_index, 1) * R + tl.expand_dims(row_index, 0)
     mask = (tl.expand_dims(column_index, 1) < C) & (tl.expand_dims(row_index, 0) < R)
-    tl.store(column_codes_ptr + transposed, tl.trans(codes), mask=mask)
+    tl.store(column_codes_ptr + transposed, tl.trans(code.to(tl.int8)), mask=mask)
 
 
 def launch(
@@ -304,9 +304,7 @@ def builds() -> list[Build]:
             max_registers=168 if strided else 128,
         )
 
-    def tiles(
-        name: str, kernel: Any, extra: dict[str, str], constants: dict[str, Any], *stored: str
-    ) -> Build:
+    def tiles(name: str, kernel: Any, extra: dict[str, str], constants: dict[str, Any], *more: str) -> Build:
         return Build(
             f"{name}, gelu",
             kernel,
@@ -314,11 +312,11 @@ def builds() -> list[Build]:
             | {"row_amax_ptr": "*i32", "column_amax_ptr": "*i32", **extra}
             | dict.fromkeys(strides, "i32"),
             {"ACTIVATION": "gelu", "GATED": False, "ROWS": True, "BLOCK": TILE, **contiguous, **constants},
-            divisible_by_16=(*aligned, "R", *stored),
+            divisible_by_16=(*aligned, "R", *more),
             options={"num_warps": 4, **OPTIONS},
         )
 
-    codes = {
+    stored = {
         "row_codes_ptr": "*i8",
         "column_codes_ptr": "*i8",
         "row_scale_ptr": "*fp32",
@@ -335,6 +333,6 @@ def builds() -> list[Build]:
         rows(32768, "silu", True, True, strided=True),
         tiles("maxima", _activation_maxima_kernel, {}, {"TILES": MAXIMA_TILES}),
         tiles(
-            "both", _activation_both_kernel, codes | scalars, stochastic, "row_codes_ptr", "column_codes_ptr"
+            "both", _activation_both_kernel, stored | scalars, stochastic, "row_codes_ptr", "column_codes_ptr"
         ),
     ]

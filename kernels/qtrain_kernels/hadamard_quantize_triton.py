@@ -16,7 +16,7 @@ from torch import Tensor
 from qtrain_kernels import hadamard_quantize as declaration
 from qtrain_kernels.aot import Build
 from qtrain_kernels.counter_hash_triton import key, row_keys
-from qtrain_kernels.quantize_rows_triton import OPTIONS, _codes, _magnitude_bits, _scale, tile
+from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
 
 ONE_PASS_COLUMNS = 16384  # the row in the registers of 16 warps
 
@@ -77,7 +77,7 @@ def _hadamard_quantize_kernel(
     if ONE_PASS:
         mask = in_rows & (block < C)
         y = _transformed(x_row + block * stride_xc, signs_ptr + block, mask, SIGNED, BLOCK, LOG_BLOCK, NORM)
-        magnitude = _magnitude_bits(y)
+        magnitude = magnitude_bits(y)
     else:
         magnitude = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
         for start in range(0, C, BLOCK_C):
@@ -85,26 +85,26 @@ def _hadamard_quantize_kernel(
             mask = in_rows & (column < C)
             x = x_row + column * stride_xc
             y = _transformed(x, signs_ptr + column, mask, SIGNED, BLOCK, LOG_BLOCK, NORM)
-            magnitude = tl.maximum(magnitude, _magnitude_bits(y))
-    amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_R]
-
-    scale, inv = _scale(amax, qmax)
+            magnitude = tl.maximum(magnitude, magnitude_bits(y))
+    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inv = tl.expand_dims(inv, 1)
+    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
         r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        tl.store(codes_row + block, _codes(y, inv, block, r0, r1, qmax, STOCHASTIC), mask=mask)
+        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             x = x_row + column * stride_xc
             y = _transformed(x, signs_ptr + column, mask, SIGNED, BLOCK, LOG_BLOCK, NORM)
-            tl.store(codes_row + column, _codes(y, inv, column, r0, r1, qmax, STOCHASTIC), mask=mask)
+            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
 def _constants(block: int) -> dict[str, Any]:
