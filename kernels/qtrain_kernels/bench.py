@@ -28,6 +28,7 @@ import os
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -348,12 +349,18 @@ def main(argv: list[str] | None = None) -> None:
         mine: list[Row] = []
         for workload in chosen[name]:
             rounds = args.rounds or ROUNDS[args.device]
-            mine += measure(ops[name], workload, args.device, rounds, args.rivals, common)
+            try:
+                mine += measure(ops[name], workload, args.device, rounds, args.rivals, common)
+            except Exception:  # the other ops still count; the exit code tells
+                traceback.print_exc()
+                broken[name] = [*broken[name], f"{workload.name} failed"]
         rows += mine
         print(table(mine) if mine else "no workload of it holds that text", flush=True)
         _write(rows, args.json, args.png)  # after each op: a run that is stopped leaves what it has
     if red := [name for name in names if broken[name]]:
-        raise SystemExit(f"contract broken: {', '.join(red)}")
+        raise SystemExit(
+            "\n".join(["broken:", *(f"{name}: {line}" for name in red for line in broken[name])])
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,338 @@
+"""The Triton kernels of ``activation_quantize``.
+
+Rows alone: one program takes BLOCK_R whole rows, as in ``quantize_rows_triton``; y stays in registers between the maximum
+and the codes, and beyond ONE_PASS_COLUMNS h is read and f computed twice.
+
+With columns: the scale of a column needs all rows, so that two kernels run over tiles. The first takes the maxima of |y|
+along both axes (as int32 bits, whose maximum depends on no order: atomics are deterministic), the second computes y
+again, quantizes along both axes and writes the tile and its transpose. h is read twice, y never stored.
+
+f is computed in float32. The silu and tanh forms divide by 1 + exp: gelu_tanh(h) = h * sigmoid(2 z) since
+(1 + tanh z) / 2 = sigmoid(2 z). Beyond exp's 2^126 the fast division gives 0, where y < 2^-100 would have code 0 too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain_kernels import activation_quantize as declaration
+from qtrain_kernels.aot import Build
+from qtrain_kernels.counter_hash_triton import key, row_keys
+from qtrain_kernels.quantize_rows import MIN_SCALE
+from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
+from qtrain_kernels.rounding_triton import rounded
+
+ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
+TILE = 64  # rows and columns of a tile: both copies are written in runs of 64 bytes
+MAXIMA_TILES = (
+    8  # tiles along a row that one program of the first kernel takes: an atomic a row for all of them
+)
+
+
+@triton.jit
+def activate(h, ACTIVATION: tl.constexpr):
+    """float32 -> float32; NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        y = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        z = 0.7978845608028654 * (h + 0.044715 * h * h * h)  # sqrt(2 / pi)
+        y = h / (1.0 + tl.exp(-2.0 * z))
+    elif ACTIVATION == "silu":
+        y = h / (1.0 + tl.exp(-h))
+    else:
+        y = tl.where(h < 0.0, 0.0, h)
+        if ACTIVATION == "relu2":
+            y = y * y
+    return y
+
+
+@triton.jit
+def _load_y(h_ptr, up_ptr, mask, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """y float32, rounded as eager PyTorch rounds it."""
+    h = tl.load(h_ptr, mask=mask, other=0.0)
+    y = rounded(activate(h.to(tl.float32), ACTIVATION), h.dtype)
+    if GATED:
+        up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
+        y = rounded(y * up, h.dtype)
+    return y
+
+
+@triton.jit(do_not_specialize=["qmax", "stream"])
+def _activation_rows_kernel(
+    h_ptr,
+    up_ptr,
+    codes_ptr,
+    scale_ptr,
+    seed_ptr,
+    step_ptr,
+    row_offset_ptr,
+    R,
+    C,
+    stride_hr,
+    stride_hc,
+    stride_ur,
+    stride_uc,
+    qmax,
+    stream,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row_index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.expand_dims(row_index, 1)  # [BLOCK_R, 1]
+    in_rows = row < R
+    block = tl.expand_dims(tl.arange(0, BLOCK_C), 0).to(tl.int64)  # [1, BLOCK_C]
+    h_row = h_ptr + row * stride_hr
+    up_row = up_ptr + row * stride_ur
+    codes_row = codes_ptr + row * C
+
+    if ONE_PASS:
+        mask = in_rows & (block < C)
+        y = _load_y(h_row + block * stride_hc, up_row + block * stride_uc, mask, ACTIVATION, GATED)
+        magnitude = magnitude_bits(y)
+    else:
+        magnitude = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+        for start in range(0, C, BLOCK_C):
+            column = start + block
+            mask = in_rows & (column < C)
+            y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
+            magnitude = tl.maximum(magnitude, magnitude_bits(y))
+    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
+    tl.store(scale_ptr + row_index, scale, mask=row_index < R)
+    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
+
+    if STOCHASTIC:
+        k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
+        r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
+    else:
+        r0, r1 = 0, 0
+    if ONE_PASS:
+        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
+    else:
+        for start in range(0, C, BLOCK_C):
+            column = start + block
+            mask = in_rows & (column < C)
+            y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
+            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
+
+
+@triton.jit
+def _activation_maxima_kernel(
+    h_ptr,
+    up_ptr,
+    row_amax_ptr,
+    column_amax_ptr,
+    R,
+    C,
+    stride_hr,
+    stride_hc,
+    stride_ur,
+    stride_uc,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """row_amax, column_amax: bits of the maximum of |y|, int32, zero before."""
+    along = tl.cdiv(C, BLOCK * TILES)
+    row_index = (tl.program_id(0) // along).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.expand_dims(row_index, 1)
+    first = (tl.program_id(0) % along) * (BLOCK * TILES)
+    row_amax = tl.zeros([BLOCK], tl.int32)
+    for i in range(TILES):
+        column_index = (first + i * BLOCK).to(tl.int64) + tl.arange(0, BLOCK)
+        column = tl.expand_dims(column_index, 0)
+        mask = (row < R) & (column < C)
+        h = h_ptr + row * stride_hr + column * stride_hc
+        up = up_ptr + row * stride_ur + column * stride_uc
+        magnitude = magnitude_bits(_load_y(h, up, mask, ACTIVATION, GATED))
+        column_amax = tl.max(magnitude, axis=0)
+        tl.atomic_max(column_amax_ptr + column_index, column_amax, mask=column_index < C, sem="relaxed")
+        if ROWS:
+            row_amax = tl.maximum(row_amax, tl.max(magnitude, axis=1))
+    if ROWS:
+        tl.atomic_max(row_amax_ptr + row_index, row_amax, mask=row_index < R, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["row_qmax", "row_stream", "column_qmax", "column_stream"])
+def _activation_both_kernel(
+    h_ptr,
+    up_ptr,
+    row_amax_ptr,
+    column_amax_ptr,
+    row_codes_ptr,
+    row_scale_ptr,
+    column_codes_ptr,
+    column_scale_ptr,
+    seed_ptr,
+    step_ptr,
+    row_offset_ptr,
+    R,
+    C,
+    stride_hr,
+    stride_hc,
+    stride_ur,
+    stride_uc,
+    row_qmax,
+    row_stream,
+    column_qmax,
+    column_stream,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_STOCHASTIC: tl.constexpr,
+    COLUMN_STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of both copies; the first tile of a row or a column writes its scale."""
+    along = tl.cdiv(C, BLOCK)
+    row_tile, column_tile = tl.program_id(0) // along, tl.program_id(0) % along
+    row_index = row_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column_index = column_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = tl.expand_dims(row_index, 1), tl.expand_dims(column_index, 0)
+    mask = (row < R) & (column < C)
+    h = h_ptr + row * stride_hr + column * stride_hc
+    up = up_ptr + row * stride_ur + column * stride_uc
+    y = _load_y(h, up, mask, ACTIVATION, GATED)
+
+    seed, step, offset = 0, 0, 0
+    if ROW_STOCHASTIC or COLUMN_STOCHASTIC:
+        seed, step, offset = tl.load(seed_ptr), tl.load(step_ptr), tl.load(row_offset_ptr)
+    r0, r1 = 0, 0
+    if ROWS:
+        amax = tl.load(row_amax_ptr + row_index, mask=row_index < R, other=0)
+        scale, inverse, finite = scale_and_inverse(amax, row_qmax)
+        if column_tile == 0:
+            tl.store(row_scale_ptr + row_index, scale, mask=row_index < R)
+        if ROW_STOCHASTIC:
+            k0, k1 = key(seed, step, row_stream)
+            r0, r1 = row_keys(row + offset, k0, k1)
+        inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
+        code = codes(y, inverse, finite, column, r0, r1, row_qmax, ROW_STOCHASTIC)
+        tl.store(row_codes_ptr + row * C + column, code.to(tl.int8), mask=mask)
+
+    amax = tl.load(column_amax_ptr + column_index, mask=column_index < C, other=0)
+    scale, inverse, finite = scale_and_inverse(amax, column_qmax)
+    if row_tile == 0:
+        tl.store(column_scale_ptr + column_index, scale, mask=column_index < C)
+    if COLUMN_STOCHASTIC:
+        k0, k1 = key(seed, step, column_stream)
+        r0, r1 = row_keys(row + offset, k0, k1)
+    inverse, finite = tl.expand_dims(inverse, 0), tl.expand_dims(finite, 0)
+    code = codes(y, inverse, finite, column, r0, r1, column_qmax, COLUMN_STOCHASTIC)
+    transposed = tl.expand_dims(column_index, 1) * R + tl.expand_dims(row_index, 0)
+    mask = (tl.expand_dims(column_index, 1) < C) & (tl.expand_dims(row_index, 0) < R)
+    tl.store(column_codes_ptr + transposed, tl.trans(code.to(tl.int8)), mask=mask)
+
+
+def launch(
+    h: Tensor, up: Tensor | None, activation: str,
+    row_qmax: int, row_stochastic: bool, row_stream: int,
+    column_qmax: int, column_stochastic: bool, column_stream: int,
+    seed: Tensor, step: Tensor, row_offset: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``activation_quantize.reference`` by one kernel, or by two with columns; nothing synchronizes."""
+    arguments = (
+        h, up, activation, row_qmax, row_stochastic, row_stream, column_qmax, column_stochastic, column_stream,
+        seed, step, row_offset,
+    )  # fmt: skip
+    outputs = declaration._fake(*arguments)
+    if h.numel() == 0:
+        for scale in outputs[1::2]:
+            scale.fill_(MIN_SCALE)
+        return outputs
+    (R, C), gate = h.shape, h if up is None else up
+    strides = (*h.stride(), *gate.stride())
+    what = {"ACTIVATION": activation, "GATED": up is not None}
+    if column_qmax:
+        row_amax, column_amax = (torch.zeros(n, dtype=torch.int32, device=h.device) for n in (R, C))
+        block = {"ROWS": row_qmax > 0, "BLOCK": TILE, **OPTIONS}
+        rows = triton.cdiv(R, TILE)
+        _activation_maxima_kernel[(rows * triton.cdiv(C, TILE * MAXIMA_TILES),)](
+            h, gate, row_amax, column_amax, R, C, *strides, TILES=MAXIMA_TILES, **what, **block
+        )
+        _activation_both_kernel[(rows * triton.cdiv(C, TILE),)](
+            h, gate, row_amax, column_amax, *outputs, seed, step, row_offset, R, C, *strides,
+            row_qmax, row_stream, column_qmax, column_stream,
+            ROW_STOCHASTIC=row_stochastic and row_qmax > 0, COLUMN_STOCHASTIC=column_stochastic, **what, **block,
+        )  # fmt: skip
+    elif row_qmax:
+        block = tile(C, ONE_PASS_COLUMNS)
+        _activation_rows_kernel[(triton.cdiv(R, int(block["BLOCK_R"])),)](
+            h, gate, *outputs[:2], seed, step, row_offset, R, C, *strides, row_qmax, row_stream,
+            STOCHASTIC=row_stochastic, **what, **block, **OPTIONS,
+        )  # fmt: skip
+    return outputs
+
+
+def builds() -> list[Build]:
+    """Rows in registers and in a loop, each activation once, and the two kernels of tiles."""
+    pointers = {"h_ptr": "*bf16", "up_ptr": "*bf16"} | dict.fromkeys(
+        ("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64"
+    )
+    strides = ("R", "C", "stride_hr", "stride_hc", "stride_ur", "stride_uc")
+    contiguous = {"stride_hc": 1, "stride_uc": 1}
+    aligned = ("h_ptr", "up_ptr", "C", "stride_hr", "stride_ur")
+
+    def rows(C: int, activation: str, gated: bool, stochastic: bool, strided: bool = False) -> Build:
+        block = tile(C, ONE_PASS_COLUMNS)
+        options = {"num_warps": block.pop("num_warps"), **OPTIONS}
+        form = f"{activation}{', gated' if gated else ''}, {'stochastic' if stochastic else 'nearest'}"
+        return Build(
+            f"rows of {C}, {form}{', any strides' if strided else ''}",
+            _activation_rows_kernel,
+            pointers
+            | {"codes_ptr": "*i8", "scale_ptr": "*fp32"}
+            | dict.fromkeys((*strides, "qmax", "stream"), "i32"),
+            {"ACTIVATION": activation, "GATED": gated, "STOCHASTIC": stochastic, **block}
+            | ({} if strided else contiguous),
+            divisible_by_16=() if strided else (*aligned, "codes_ptr"),
+            options=options,
+            # f may use fma and fast division, but relu2 and the quantization after f may not
+            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx") if activation == "relu2" else (),
+            max_registers=168 if strided else 128,
+        )
+
+    def tiles(name: str, kernel: Any, extra: dict[str, str], constants: dict[str, Any], *more: str) -> Build:
+        return Build(
+            f"{name}, gelu",
+            kernel,
+            pointers
+            | {"row_amax_ptr": "*i32", "column_amax_ptr": "*i32", **extra}
+            | dict.fromkeys(strides, "i32"),
+            {"ACTIVATION": "gelu", "GATED": False, "ROWS": True, "BLOCK": TILE, **contiguous, **constants},
+            divisible_by_16=(*aligned, "R", *more),
+            options={"num_warps": 4, **OPTIONS},
+        )
+
+    stored = {
+        "row_codes_ptr": "*i8",
+        "column_codes_ptr": "*i8",
+        "row_scale_ptr": "*fp32",
+        "column_scale_ptr": "*fp32",
+    }
+    scalars = dict.fromkeys(("row_qmax", "row_stream", "column_qmax", "column_stream"), "i32")
+    stochastic = {"ROW_STOCHASTIC": True, "COLUMN_STOCHASTIC": True}
+    return [
+        rows(4096, "gelu", False, False),
+        rows(4096, "relu2", False, True),
+        rows(16384, "gelu", False, True),
+        rows(14336, "silu", True, True),
+        rows(32768, "gelu_tanh", True, True),
+        rows(32768, "silu", True, True, strided=True),
+        tiles("maxima", _activation_maxima_kernel, {}, {"TILES": MAXIMA_TILES}),
+        tiles(
+            "both", _activation_both_kernel, stored | scalars, stochastic, "row_codes_ptr", "column_codes_ptr"
+        ),
+    ]
