@@ -8,10 +8,11 @@ second time mostly from L2. Three choices make the kernel bit-equal to the refer
   does not depend on the order of the reduction. (``tl.max`` of floats drops NaN.)
 - ``enable_fp_fusion=False``: contracting x * inv + MAGIC into one fma rounds once where the equation rounds twice.
 - Rounding half to even is one addition. For |v| < 2^22, v + 1.5 * 2^23 lies in [2^23, 2^24), where the spacing of
-  float32 is 1: the addition itself rounds v to an integer, half to even since 1.5 * 2^23 is even, and the integer
-  is the difference of the bits from those of 1.5 * 2^23. Here |v| <= 127 (1 + 2^-21): v of the largest element
-  passes two roundings of relative error 2^-24 and one of 2^-22 at most (1/scale may be subnormal, for qmax < 4).
-  The floor follows from it by a comparison. ``tl.floor`` flushes subnormals, and is a slow conversion.
+  float32 is 1: the addition itself rounds v to an integer, half to even since 1.5 * 2^23 is even, and the low byte of
+  the sum's bits is the code. Here |v| <= 127 (1 + 2^-21): v of the largest element passes two roundings of relative
+  error 2^-24 and one of 2^-22 at most (1/scale may be subnormal, for qmax < 4). So codes to nearest need no clamp.
+  The floor follows from it by a comparison. ``tl.floor`` flushes subnormals, and is a slow conversion; rounding
+  v - 1/2 gives another code for v = 2^-24 - 1 where u = 0.
 """
 
 from __future__ import annotations
@@ -38,35 +39,48 @@ OPTIONS = {"enable_fp_fusion": False}  # see the module docstring
 
 
 @triton.jit
-def half_even(v):
-    """float32, |v| < 2^22 -> v rounded half to even, as int32 and as float32."""
-    shifted = v + MAGIC
-    return shifted.to(tl.int32, bitcast=True) - MAGIC_BITS, shifted - MAGIC
-
-
-@triton.jit
-def _magnitude_bits(x):
+def magnitude_bits(x):
+    """float32 -> the bits of |x|, whose order as int32 is that of the values, NaN the largest."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _codes(x, inv, column, r0, r1, qmax, STOCHASTIC: tl.constexpr):
-    """x, inv float32 -> int8 codes."""
-    v = x * inv
-    v = tl.where(v == v, v, 0.0)
-    code, rounded = half_even(v)
+def scale_and_inverse(amax_bits, qmax):
+    """Magnitude bits, int32 -> scale, 1 / scale, and int32 of ones where the scale is finite, of zeros elsewhere."""
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    scale = tl.math.div_rn(amax, tl.zeros_like(amax) + qmax.to(tl.float32))
+    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)  # a NaN stays
+    return scale, tl.math.div_rn(tl.zeros_like(amax) + 1.0, scale), -(scale < float("inf")).to(tl.int32)
+
+
+@triton.jit
+def codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC: tl.constexpr):
+    """y, inverse float32, finite of ``scale_and_inverse`` -> int32 whose low byte is the int8 code."""
+    v = y * inverse
     if STOCHASTIC:
-        above = rounded > v
-        floor = tl.where(above, rounded - 1.0, rounded)
-        up = uniform(random_bits(column, r0, r1)) < v - floor
-        code = code - above.to(tl.int32) + up.to(tl.int32)
-    code = tl.minimum(tl.maximum(code, -qmax - 1), qmax)
-    return code.to(tl.int8)
+        shifted = v + MAGIC
+        rest = v - (shifted - MAGIC)  # exact, -1/2 ... 1/2
+        above = rest < 0.0
+        up = uniform(random_bits(column, r0, r1)) < tl.where(above, rest + 1.0, rest)  # of v - floor
+        code = shifted.to(tl.int32, bitcast=True) - above.to(tl.int32) + up.to(tl.int32)
+        code = tl.minimum(code, MAGIC_BITS + qmax)
+    else:
+        code = (v + MAGIC).to(tl.int32, bitcast=True)
+    return code & finite
+
+
+@triton.jit
+def _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED: tl.constexpr):
+    x = tl.load(x_row + column * stride_xc, mask=mask, other=0.0).to(tl.float32)
+    if FOLDED:
+        x = x * tl.load(fold_ptr + column, mask=column < C, other=0.0)
+    return x
 
 
 @triton.jit(do_not_specialize=["qmax", "stream"])
 def _quantize_rows_kernel(
     x_ptr,
+    fold_ptr,
     codes_ptr,
     scale_ptr,
     seed_ptr,
@@ -79,6 +93,7 @@ def _quantize_rows_kernel(
     qmax,
     stream,
     STOCHASTIC: tl.constexpr,
+    FOLDED: tl.constexpr,
     ONE_PASS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -92,21 +107,18 @@ def _quantize_rows_kernel(
 
     if ONE_PASS:
         mask = in_rows & (block < C)
-        x = tl.load(x_row + block * stride_xc, mask=mask, other=0.0).to(tl.float32)
-        magnitude = _magnitude_bits(x)
+        x = _load(x_row, fold_ptr, block, stride_xc, mask, C, FOLDED)
+        magnitude = magnitude_bits(x)
     else:
         magnitude = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
-            x = tl.load(x_row + column * stride_xc, mask=mask, other=0.0).to(tl.float32)
-            magnitude = tl.maximum(magnitude, _magnitude_bits(x))
-    amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_R]
-
-    scale = tl.math.div_rn(amax, tl.zeros([BLOCK_R], tl.float32) + qmax.to(tl.float32))
-    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)  # a NaN stays
+            x = _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED)
+            magnitude = tl.maximum(magnitude, magnitude_bits(x))
+    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inv = tl.expand_dims(tl.math.div_rn(tl.full([BLOCK_R], 1.0, tl.float32), scale), 1)
+    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
 
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
@@ -114,13 +126,15 @@ def _quantize_rows_kernel(
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        tl.store(codes_row + block, _codes(x, inv, block, r0, r1, qmax, STOCHASTIC), mask=mask)
+        code = codes(x, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
-            x = tl.load(x_row + column * stride_xc, mask=mask, other=0.0).to(tl.float32)
-            tl.store(codes_row + column, _codes(x, inv, column, r0, r1, qmax, STOCHASTIC), mask=mask)
+            x = _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED)
+            code = codes(x, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
 def tile(C: int) -> dict[str, int | bool]:
@@ -137,6 +151,13 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """``quantize_rows.reference`` by one kernel; the scalars are read on the device, nothing synchronizes."""
     declaration.check(x, qmax, stochastic, seed, step, stream, row_offset)
+    return folded(x, None, qmax, stochastic, seed, step, stream, row_offset)
+
+
+def folded(
+    x: Tensor, fold: Tensor | None, qmax: int, stochastic: bool, seed: Tensor, step: Tensor, stream: int, row_offset: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same of x * fold; ``fold`` [C] float32, contiguous, or None. The arguments are not checked."""
     R, C = x.shape
     codes = torch.empty((R, C), dtype=torch.int8, device=x.device)
     scale = torch.empty((R,), dtype=torch.float32, device=x.device)
@@ -144,8 +165,8 @@ def launch(
         return codes, scale
     block = tile(C)
     _quantize_rows_kernel[(triton.cdiv(R, int(block["BLOCK_R"])),)](
-        x, codes, scale, seed, step, row_offset, R, C, x.stride(0), x.stride(1), qmax, stream,
-        STOCHASTIC=stochastic, **block, **OPTIONS,
+        x, fold, codes, scale, seed, step, row_offset, R, C, x.stride(0), x.stride(1), qmax, stream,
+        STOCHASTIC=stochastic, FOLDED=fold is not None, **block, **OPTIONS,
     )  # fmt: skip
     return codes, scale
 
@@ -163,7 +184,8 @@ def builds() -> list[Build]:
             name,
             _quantize_rows_kernel,
             types,
-            {"STOCHASTIC": stochastic, **block} | ({"stride_xc": 1} if contiguous else {}),
+            {"STOCHASTIC": stochastic, "FOLDED": False, "fold_ptr": None, **block}
+            | ({"stride_xc": 1} if contiguous else {}),
             divisible_by_16=("x_ptr", "codes_ptr", "C", "stride_xr") if contiguous else (),
             options=options,
             # An fma rounds once where the equation rounds twice; .ftz flushes subnormals; only div.rn is IEEE.

@@ -1,0 +1,385 @@
+"""The Triton kernels of ``quantize_rows_columns``: the maxima in one read, the codes of both copies in a second.
+
+Codes along rows wait for the maxima of whole rows and codes along columns for those of whole columns, so that x, unless it
+fits L2, is read twice: 2 + 2 bytes an element of bfloat16, and 1 + 1 written. Rows alone wait for nothing else: then the
+one-read kernel of ``quantize_rows`` runs.
+
+    maxima    tiles [BLOCK_R, BLOCK_C]; an atomic maximum a row and a column of each. On the bits of |x| (see
+              ``quantize_rows_triton``) its result does not depend on the order, and a NaN propagates.
+    scales    scale and 1 / scale (0 where not finite), which every tile would divide out again.
+    codes     tiles from last to first: what the first kernel read last is still in L2. A tile is read as four that
+              interleave, rows 4 g + k for k = 0 ... 3, so that a thread owns four neighbours of a column and packs their
+              codes into one word; [BLOCK_R / 4, BLOCK_C] words are then transposed, through shared memory, where bytes
+              would take four times the accesses. Both stores are coalesced.
+
+Bit-equality: the rounding is that of ``quantize_rows_triton``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain_kernels import quantize_rows_columns as declaration
+from qtrain_kernels import quantize_rows_triton
+from qtrain_kernels.aot import Build
+from qtrain_kernels.counter_hash_triton import key, row_keys
+from qtrain_kernels.quantize_rows_triton import MIN_SCALE, OPTIONS, codes, magnitude_bits, scale_and_inverse
+
+# A copy has no scale at all, one a row (column), or one for the tensor.
+NONE, EACH, TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# 64 elements a thread; a row of a tile of the first kernel is one warp's, 16 bytes a lane.
+MAXIMA_TILE = {"BLOCK_R": 32, "BLOCK_C": 256, "num_warps": 4}
+SCALES_BLOCK = 256
+CODES_TILE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 8}
+
+
+@triton.jit
+def _within(size, start, BLOCK: tl.constexpr):
+    """How many of a block's elements from ``start`` (int64) lie below ``size``, as int32."""
+    return tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _magnitude(x, fold_ptr, start, index, left, mask, FOLDED: tl.constexpr):
+    """Bits of |x * fold|, 0 where masked (there 0 * infinity would be NaN)."""
+    if FOLDED:
+        x = x * tl.load(fold_ptr + start + index, mask=index < left, other=0.0)
+        return tl.where(mask, magnitude_bits(x), 0)
+    return magnitude_bits(x)
+
+
+@triton.jit
+def _raise_maxima(magnitude, amax_ptr, start, index, left, KIND: tl.constexpr, AXIS: tl.constexpr):
+    amax = tl.max(magnitude, axis=AXIS)
+    if KIND == TENSOR:
+        tl.atomic_max(amax_ptr, tl.max(amax, axis=0), sem="relaxed")
+    else:
+        tl.atomic_max(amax_ptr + start + index, amax, mask=index < left, sem="relaxed")
+
+
+@triton.jit
+def _maxima_kernel(
+    x_ptr,
+    row_fold_ptr,
+    column_fold_ptr,
+    row_amax_ptr,
+    column_amax_ptr,
+    R,
+    C,
+    stride_xr,
+    stride_xc,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS_FOLDED: tl.constexpr,
+    COLUMNS_FOLDED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles = tl.cdiv(C, BLOCK_C)
+    start_r = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R
+    start_c = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_C
+    rows, columns = _within(R, start_r, BLOCK_R), _within(C, start_c, BLOCK_C)
+    r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    row, column = tl.expand_dims(r, 1), tl.expand_dims(c, 0)
+    mask = (row < rows) & (column < columns)
+    tile_ptr = x_ptr + start_r * stride_xr + start_c * stride_xc
+    offsets = row.to(INDEX) * stride_xr + column.to(INDEX) * stride_xc
+    x = tl.load(tile_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ROWS != NONE:
+        magnitude = _magnitude(x, row_fold_ptr, start_c, column, columns, mask, ROWS_FOLDED)
+        _raise_maxima(magnitude, row_amax_ptr, start_r, r, rows, ROWS, 1)
+    if COLUMNS != NONE:
+        magnitude = _magnitude(x, column_fold_ptr, start_r, row, rows, mask, COLUMNS_FOLDED)
+        _raise_maxima(magnitude, column_amax_ptr, start_c, c, columns, COLUMNS, 0)
+
+
+@triton.jit
+def _scales_of(amax_ptr, inverse_ptr, scale_ptr, index, size, qmax, KIND: tl.constexpr):
+    amax = tl.load(amax_ptr + (index * 0 if KIND == TENSOR else index), mask=index < size, other=0)
+    scale, inverse, finite = scale_and_inverse(amax, qmax)
+    tl.store(scale_ptr + index, scale, mask=index < size)
+    tl.store(inverse_ptr + index, tl.where(finite != 0, inverse, 0.0), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
+def _scales_kernel(
+    row_amax_ptr,
+    column_amax_ptr,
+    row_inverse_ptr,
+    column_inverse_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    R,
+    C,
+    row_qmax,
+    column_qmax,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if ROWS != NONE:
+        _scales_of(row_amax_ptr, row_inverse_ptr, row_scale_ptr, index, R, row_qmax, ROWS)
+    if COLUMNS != NONE:
+        _scales_of(column_amax_ptr, column_inverse_ptr, column_scale_ptr, index, C, column_qmax, COLUMNS)
+
+
+@triton.jit
+def _quantize_tile(
+    x, row, column, start_r, start_c, in_rows, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
+    row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_STOCHASTIC: tl.constexpr, COLUMNS_STOCHASTIC: tl.constexpr,
+    ROWS_FOLDED: tl.constexpr, COLUMNS_FOLDED: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One of the four tiles [G, BLOCK_C]: stores its codes along rows and returns those along columns, int32 in 0 ... 255;
+    ``inverse`` [1, BLOCK_C] is the columns'. The pointers begin at the tile."""
+    x = x.to(tl.float32)
+    name_r, name_c = start_r + row + row_offset, start_c + column
+    if ROWS != NONE:
+        row_inverse = tl.load(row_inverse_ptr + row, mask=in_rows, other=0.0)
+        y = x
+        if ROWS_FOLDED:
+            y = x * tl.load(row_fold_ptr + column, mask=in_columns, other=0.0)
+        r0, r1 = row_keys(name_r, row_k0, row_k1)
+        finite = -(row_inverse > 0.0).to(tl.int32)
+        code = codes(y, row_inverse, finite, name_c, r0, r1, row_qmax, ROWS_STOCHASTIC).to(tl.int8)
+        tl.store(row_codes_ptr + (row.to(INDEX) * C + column), code, mask=in_rows & in_columns)
+    if COLUMNS == NONE:
+        return tl.zeros_like(x).to(tl.int32)
+    if COLUMNS_FOLDED:
+        x = x * tl.load(column_fold_ptr + row, mask=in_rows, other=0.0)
+    r0, r1 = row_keys(name_r, column_k0, column_k1)
+    return codes(x, inverse, -1, name_c, r0, r1, column_qmax, COLUMNS_STOCHASTIC) & 0xFF
+
+
+@triton.jit(do_not_specialize=["row_qmax", "column_qmax", "row_stream", "column_stream"])
+def _codes_kernel(
+    x_ptr,
+    row_fold_ptr,
+    column_fold_ptr,
+    row_inverse_ptr,
+    column_inverse_ptr,
+    row_codes_ptr,
+    column_codes_ptr,
+    seed_ptr,
+    step_ptr,
+    row_offset_ptr,
+    R,
+    C,
+    stride_xr,
+    stride_xc,
+    column_stride,
+    row_qmax,
+    column_qmax,
+    row_stream,
+    column_stream,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS_STOCHASTIC: tl.constexpr,
+    COLUMNS_STOCHASTIC: tl.constexpr,
+    ROWS_FOLDED: tl.constexpr,
+    COLUMNS_FOLDED: tl.constexpr,
+    WORDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    G: tl.constexpr = BLOCK_R // 4
+    tiles = tl.cdiv(C, BLOCK_C)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    start_r = (program // tiles).to(tl.int64) * BLOCK_R
+    start_c = (program % tiles).to(tl.int64) * BLOCK_C
+    rows, columns = _within(R, start_r, BLOCK_R), _within(C, start_c, BLOCK_C)
+    row0 = tl.expand_dims(4 * tl.arange(0, G), 1)
+    row1, row2, row3 = row0 + 1, row0 + 2, row0 + 3
+    column = tl.expand_dims(tl.arange(0, BLOCK_C), 0)
+    if WHOLE:  # constants, with which the masks vanish
+        in_columns, in0 = tl.full([1, BLOCK_C], True, tl.int1), tl.full([G, 1], True, tl.int1)
+        in1, in2, in3 = in0, in0, in0
+    else:
+        in_columns, in0, in1, in2, in3 = column < columns, row0 < rows, row1 < rows, row2 < rows, row3 < rows
+    tile_ptr = x_ptr + start_r * stride_xr + start_c * stride_xc
+    x_column = column.to(INDEX) * stride_xc
+    # All four before the first store, which they could not pass
+    x0 = tl.load(tile_ptr + (row0.to(INDEX) * stride_xr + x_column), mask=in0 & in_columns, other=0.0)
+    x1 = tl.load(tile_ptr + (row1.to(INDEX) * stride_xr + x_column), mask=in1 & in_columns, other=0.0)
+    x2 = tl.load(tile_ptr + (row2.to(INDEX) * stride_xr + x_column), mask=in2 & in_columns, other=0.0)
+    x3 = tl.load(tile_ptr + (row3.to(INDEX) * stride_xr + x_column), mask=in3 & in_columns, other=0.0)
+    seed, step, row_offset = tl.load(seed_ptr), tl.load(step_ptr), tl.load(row_offset_ptr)
+    row_k0, row_k1 = key(seed, step, row_stream)
+    column_k0, column_k1 = key(seed, step, column_stream)
+    row_inverse_ptr += start_r
+    row_codes_ptr += start_r * C + start_c
+    if ROWS_FOLDED:
+        row_fold_ptr += start_c
+    if COLUMNS_FOLDED:
+        column_fold_ptr += start_r
+    inverse = tl.full([1, BLOCK_C], 0.0, tl.float32)
+    if COLUMNS != NONE:
+        inverse = tl.load(column_inverse_ptr + start_c + column, mask=in_columns, other=0.0)
+    word = _quantize_tile(
+        x0, row0, column, start_r, start_c, in0, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
+        row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
+        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+    )  # fmt: skip
+    byte1 = _quantize_tile(
+        x1, row1, column, start_r, start_c, in1, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
+        row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
+        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+    )  # fmt: skip
+    byte2 = _quantize_tile(
+        x2, row2, column, start_r, start_c, in2, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
+        row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
+        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+    )  # fmt: skip
+    byte3 = _quantize_tile(
+        x3, row3, column, start_r, start_c, in3, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
+        row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
+        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+    )  # fmt: skip
+    if COLUMNS != NONE:
+        word |= (byte1 << 8) | (byte2 << 16) | (byte3 << 24)
+        word = tl.trans(word & -(inverse > 0.0).to(tl.int32))  # [BLOCK_C, G]
+        c = tl.expand_dims(tl.arange(0, BLOCK_C), 1)
+        g = tl.expand_dims(tl.arange(0, G), 0)
+        if WORDS:
+            codes_ptr = column_codes_ptr + start_c * column_stride + start_r // 4
+            mask = tl.full([BLOCK_C, G], True, tl.int1) if WHOLE else (c < columns) & (4 * g < rows)
+            tl.store(codes_ptr + (c.to(INDEX) * column_stride + g), word, mask=mask)
+        else:
+            codes_ptr = column_codes_ptr + start_c * column_stride + start_r
+            for k in tl.static_range(4):
+                mask = (c < columns) & (4 * g + k < rows)
+                byte = (word >> (8 * k)).to(tl.int8)
+                tl.store(codes_ptr + (c.to(INDEX) * column_stride + (4 * g + k)), byte, mask=mask)
+
+
+def launch(
+    x: Tensor,
+    row_qmax: int, row_stochastic: bool, row_per_tensor: bool, row_stream: int, row_fold: Tensor | None,
+    column_qmax: int, column_stochastic: bool, column_per_tensor: bool, column_stream: int, column_fold: Tensor | None,
+    seed: Tensor, step: Tensor, row_offset: Tensor,
+    maxima_tile: dict[str, int] = MAXIMA_TILE, codes_tile: dict[str, int] = CODES_TILE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As ``reference``, on the device of x; nothing synchronizes. The tiles change the speed alone."""
+    arguments = (
+        x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
+        column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
+    )  # fmt: skip
+    declaration.check(*arguments)
+    R, C = x.shape
+    row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
+    outputs = declaration._fake(*arguments)
+    row_codes, row_scale, column_codes, column_scale = outputs
+    if not R or not C:
+        row_scale.fill_(MIN_SCALE.value)
+        column_scale.fill_(MIN_SCALE.value)
+        return outputs
+    if not column_qmax and not row_per_tensor:
+        if row_qmax:
+            outputs = (
+                *quantize_rows_triton.folded(x, row_fold, row_qmax, row_stochastic, seed, step, row_stream, row_offset),
+                column_codes, column_scale,
+            )  # fmt: skip
+        return outputs
+    sides = {
+        "ROWS": _kind(row_qmax, row_per_tensor),
+        "COLUMNS": _kind(column_qmax, column_per_tensor),
+    }
+    folded = {"ROWS_FOLDED": row_fold is not None, "COLUMNS_FOLDED": column_fold is not None}
+    amax = torch.zeros(R + C, dtype=torch.int32, device=x.device)
+    inverse = torch.empty(R + C, dtype=torch.float32, device=x.device)
+    shape = (R, C, x.stride(0), x.stride(1))
+    maxima_index, codes_index = (_index(x, tile) for tile in (maxima_tile, codes_tile))
+    _maxima_kernel[_grid(R, C, maxima_tile)](
+        x, row_fold, column_fold, amax[:R], amax[R:], *shape, **sides, **folded, INDEX=maxima_index, **maxima_tile,
+        **OPTIONS,
+    )  # fmt: skip
+    _scales_kernel[(triton.cdiv(max(R, C), SCALES_BLOCK),)](
+        amax[:R], amax[R:], inverse[:R], inverse[R:], row_scale, column_scale, R, C, row_qmax, column_qmax,
+        **sides, BLOCK=SCALES_BLOCK, **OPTIONS,
+    )  # fmt: skip
+    words = R % 4 == 0
+    _codes_kernel[_grid(R, C, codes_tile)](
+        x, row_fold, column_fold, inverse[:R], inverse[R:], row_codes,
+        column_codes.view(torch.int32) if words else column_codes, seed, step, row_offset,
+        *shape, R // 4 if words else R, row_qmax, column_qmax, row_stream, column_stream,
+        ROWS_STOCHASTIC=row_stochastic, COLUMNS_STOCHASTIC=column_stochastic, WORDS=words,
+        WHOLE=R % codes_tile["BLOCK_R"] == 0 and C % codes_tile["BLOCK_C"] == 0,
+        **sides, **folded, INDEX=codes_index, **codes_tile, **OPTIONS,
+    )  # fmt: skip
+    return outputs
+
+
+def _index(x: Tensor, tile: dict[str, int]) -> Any:
+    """The integers that offsets within a tile fit, in x and in both copies."""
+    extent = max(
+        tile["BLOCK_R"] * abs(x.stride(0)) + tile["BLOCK_C"] * abs(x.stride(1)),
+        (tile["BLOCK_R"] + 1) * x.shape[1],
+        (tile["BLOCK_C"] + 1) * x.shape[0],
+    )
+    return tl.int32 if extent < 2**31 else tl.int64
+
+
+def _kind(qmax: int, per_tensor: bool) -> int:
+    return NONE.value if not qmax else TENSOR.value if per_tensor else EACH.value
+
+
+def _grid(R: int, C: int, tile: dict[str, int]) -> tuple[int]:
+    return (triton.cdiv(R, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"]),)
+
+
+def builds() -> list[Build]:
+    """The kernels as training launches them, and with any strides."""
+    types = {"x_ptr": "*bf16", "row_codes_ptr": "*i8"}
+    for name in ("fold", "inverse", "scale"):
+        types |= {f"row_{name}_ptr": "*fp32", f"column_{name}_ptr": "*fp32"}
+    types |= {"row_amax_ptr": "*i32", "column_amax_ptr": "*i32"}
+    types |= dict.fromkeys(("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64")
+    sizes = ("R", "C", "stride_xr", "stride_xc", "column_stride")
+    types |= dict.fromkeys((*sizes, "row_qmax", "column_qmax", "row_stream", "column_stream"), "i32")
+    aligned = ("x_ptr", "row_codes_ptr", "column_codes_ptr", "R", "C", "stride_xr", "column_stride")
+
+    def build(
+        name: str, kernel: Any, tile: dict[str, int], contiguous: bool = True, folded: bool = False, **constants: Any
+    ) -> Build:  # fmt: skip
+        options = {"num_warps": tile["num_warps"], **OPTIONS}
+        constants = {"ROWS": 1, "COLUMNS": 1, "ROWS_FOLDED": folded, "COLUMNS_FOLDED": folded, **constants}
+        constants |= {
+            "WORDS": contiguous,
+            "WHOLE": contiguous,
+            "INDEX": tl.int32 if contiguous else tl.int64,
+            **tile,
+        }
+        constants |= {} if folded else {"row_fold_ptr": None, "column_fold_ptr": None}
+        constants |= {"stride_xc": 1} if contiguous else {}
+        return Build(
+            name,
+            kernel,
+            {**types, "column_codes_ptr": "*i32" if contiguous else "*i8"},
+            {n: v for n, v in constants.items() if n in kernel.arg_names},
+            divisible_by_16=tuple(n for n in aligned if contiguous and n in kernel.arg_names),
+            options=options,
+            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
+            max_registers=128 if contiguous else 254,  # 64-bit addresses element by element
+        )
+
+    def stochastic(rows: bool, columns: bool) -> dict[str, bool]:
+        return {"ROWS_STOCHASTIC": rows, "COLUMNS_STOCHASTIC": columns}
+
+    return [
+        build("maxima", _maxima_kernel, MAXIMA_TILE),
+        build("maxima, folds, any strides", _maxima_kernel, MAXIMA_TILE, contiguous=False, folded=True),
+        build("scales", _scales_kernel, {"num_warps": 4, "BLOCK": SCALES_BLOCK}),
+        build("codes, nearest", _codes_kernel, CODES_TILE, **stochastic(False, False)),
+        build("codes, stochastic, folds", _codes_kernel, CODES_TILE, folded=True, **stochastic(True, True)),
+        build("codes, columns", _codes_kernel, CODES_TILE, ROWS=0, **stochastic(False, False)),
+        build("codes, any strides", _codes_kernel, CODES_TILE, False, **stochastic(True, True)),
+    ]
