@@ -10,6 +10,7 @@ turns, ``STEPS`` steps each without waiting in between.
 so that one of 8 bits may exceed what bf16 could reach; ``of_measured_peak`` has the measured bf16 GEMM in its place.
 Peak memory is that of one contender with one optimizer: what other optimizers hold is subtracted.
 
+cuda_graphs=true: compiled with mode=reduce-overhead, for all alike, so that launches cost nothing.
 largest_batch=true: then, of each contender with each optimizer, the largest batch that fits, and tokens/s there.
 """
 
@@ -54,8 +55,9 @@ def check(cfg: Any, config: ModelConfig) -> None:
         raise ValueError(
             f"sequence_tokens={cfg.sequence_tokens}: this model reads at most {config.sequence_tokens}"
         )
-    if not isinstance(cfg.largest_batch, bool):
-        raise ValueError(f"largest_batch={cfg.largest_batch!r}: true or false")
+    for key in ("largest_batch", "cuda_graphs"):
+        if not isinstance(cfg[key], bool):
+            raise ValueError(f"{key}={cfg[key]!r}: true or false")
 
 
 class Bench:
@@ -83,7 +85,7 @@ class Bench:
         for name in self.cfg.arms or ARMS:
             start = time.perf_counter()
             try:
-                step = TrainStep(name, self.shared, self.cfg.seed)
+                step = TrainStep(name, self.shared, self.cfg.seed, cuda_graphs=self.cfg.cuda_graphs)
                 self.losses[name] = float(step.gradients(tokens))
                 self.steps[name] = step
             except Exception as error:  # whatever another library raises is a row of the table
@@ -197,6 +199,16 @@ def data_sheet_peak(device_name: str) -> float | None:
     return next((peak for name, peak in DATA_SHEET_PEAKS.items() if name in device_name), None)
 
 
+def measured_peak(device: str) -> float:
+    """bf16 operations a second of the best GEMM."""
+    from qtrain_kernels.bench import PEAK, interleaved_ms, rates, roof
+
+    roofs = roof(device)
+    times = interleaved_ms({name: function for name, (function, _) in roofs.items()}, device, 20)
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    return rates({name: work for name, (_, work) in roofs.items()}, medians)[PEAK]
+
+
 def row_of(
     times: Sequence[float], base: Sequence[float], tokens: int, flops: int, peaks: Mapping[str, float | None]
 ) -> dict[str, Any]:
@@ -214,14 +226,11 @@ def measured(
 ) -> tuple[dict[str, Any], str]:
     """What the file holds, and the table; ``save`` is called with what there is before the search for batches."""
     import torch
-    from qtrain_kernels.bench import interleaved_ms, roof
 
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(CONTENDERS))  # one code, many models
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    work = roof(device)["bf16 peak"]
-    peak = work[1] / statistics.median(interleaved_ms({"": work[0]}, device, 20)[""]) * 1e3
-    del work
+    peak = measured_peak(device)
     bench = Bench(cfg, config, device)
     tokens = bench.tokens(cfg.batch_sequences)
     bench.prepare(tokens)

@@ -22,12 +22,19 @@ MODEL = GPTConfig(vocab_size=32, sequence_tokens=16, layers=2, heads=2, width=32
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setitem(kernel_bench.COPY_BYTES, "cpu", 1 << 16)
-    monkeypatch.setitem(kernel_bench.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setitem(kernel_bench.PEAK_SHAPES, "cpu", ((64, 64, 64),))
 
 
 def settings(**changes: Any) -> DictConfig:
     given = {"arms": ["bf16", "native_int8", "simulated"], "optimizers": ["torch_fused", "adamw8bit"]}
-    more = {"rounds": 5, "seed": 0, "batch_sequences": 2, "sequence_tokens": 15, "largest_batch": False}
+    more = {
+        "rounds": 5,
+        "seed": 0,
+        "batch_sequences": 2,
+        "sequence_tokens": 15,
+        "largest_batch": False,
+        "cuda_graphs": False,
+    }
     return OmegaConf.create({**given, **more, **changes})
 
 
