@@ -76,7 +76,7 @@ def _consume(
     """Multiply one half of the rows of each tile; PROMOTE: add every BLOCK_K products in float32."""
     HALF: gl.constexpr = BLOCK_M // WARPGROUPS
     # Triton's list of integer instructions has none of 256 columns
-    WIDTH: gl.constexpr = 128 if ACC != gl.float32 and BLOCK_N > 128 else BLOCK_N
+    WIDTH: gl.constexpr = 128 if a_ring.dtype == gl.int8 and BLOCK_N > 128 else BLOCK_N
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32]
     )

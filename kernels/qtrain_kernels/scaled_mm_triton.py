@@ -364,6 +364,7 @@ def _build(config: Config, code: str, out: str) -> Build:
 
 def _instructions(code: str, config: Config) -> dict[int, tuple[str, ...]]:
     """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
+    found: dict[int, tuple[str, ...]]
     if code == "i8":
         found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
         found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
