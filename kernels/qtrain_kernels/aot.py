@@ -88,10 +88,10 @@ def compile_build(op: str, build: Build, arch: int) -> Result:
     from triton.backends.compiler import GPUTarget
 
     names = build.kernel.arg_names
-    source = triton.compiler.ASTSource(
+    source = _source_type(build.kernel)(
         build.kernel,
         signature={n: "constexpr" if n in build.constants else build.types[n] for n in names},
-        constexprs=dict(build.constants),
+        constexprs={(names.index(n),): value for n, value in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible_by_16},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
@@ -110,6 +110,17 @@ def compile_build(op: str, build: Build, arch: int) -> Result:
         forbidden=tuple(text for text in build.forbidden_ptx if text in ptx),
         missing=tuple(text for text in build.required_ptx[arch] if not re.search(text, ptx)),
     )
+
+
+def _source_type(kernel: Any) -> Any:
+    """Triton's front end, or that of its language Gluon."""
+    import triton
+
+    if not kernel.is_gluon():
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

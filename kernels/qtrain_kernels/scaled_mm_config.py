@@ -191,7 +191,7 @@ def choose(
         if (
             found is None
             and os.environ.get(TUNE_VARIABLE) == "1"
-            and not torch.cuda.is_current_stream_capturing()
+            and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         ):
             found = measure([*extra, *(c for c, _ in candidates(kind, capability, K))])
             remember(name, found)

@@ -38,11 +38,14 @@ VARIANTS = (  # tiles that are small enough for the cases to have several
     Config("tma", 64, 64, 128, 4, 3, GROUP_M=2, persistent=False),
     Config("tma", 64, 128, 128, 4, 3, SPLIT=3, subtile=True),
 )
+VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
+# An fma rounds once where the equation rounds twice; .ftz flushes subnormals.
+FORBIDDEN = ("fma.rn.f32", ".ftz")
 OPTIONS = {"enable_fp_fusion": False}  # a contracted multiply-add rounds once where the equation rounds twice
 
 
 @triton.jit
-def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Number of a tile -> its row and column of tiles."""
     per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first = tile // per_group * GROUP_M
@@ -65,7 +68,7 @@ def _product(a, b, acc, IMPRECISE: tl.constexpr):
 
 
 @triton.jit
-def _scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
+def scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
             A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """The epilogue in float32, each operation rounded once."""
     y = y.to(tl.float32)
@@ -102,7 +105,7 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
     if RAW:
         out = acc
     else:
-        out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
+        out = scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
     if STORE_TMA:
         y.store([m, n], _rounded(out, y.dtype))
     else:
@@ -125,7 +128,7 @@ def _scaled_mm_tma_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
     for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=FLATTEN):
-        i, j = _tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        i, j = tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m, n, start = i * BLOCK_M, j * BLOCK_N, unit // tiles * steps * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for k in range(steps):
@@ -172,7 +175,7 @@ def _scaled_mm_pointer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    i, j = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    i, j = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = i * BLOCK_M, j * BLOCK_N
     # Rows past the end wrap around: they are read from memory that exists, and never stored.
     rows = ((m + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
@@ -251,8 +254,14 @@ def scaled_mm(
         )
     elif config.variant == "tma":
         _launch_tma(a, b, y, pointers, tiles, config, shared, modes)
+    elif config.variant == "specialised":
+        from qtrain_kernels.scaled_mm_specialised_triton import launch_specialised
+
+        launch_specialised(a, b, y, pointers, config, modes, imprecise is not None)
     else:
-        raise ValueError(f"config {config.name}: the variants of these kernels are tma and pointer")
+        raise ValueError(
+            f"config {config.name}: the variants of these kernels are tma, specialised and pointer"
+        )
     return y
 
 
@@ -311,14 +320,9 @@ def builds(kind: str) -> list[Build]:
     return [*found, _build(tma[0], code, "fp32"), _build(split, code, sums), _add_parts_build(sums)]
 
 
-_VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
-# An fma rounds once where the equation rounds twice; .ftz flushes subnormals.
-_FORBIDDEN = ("fma.rn.f32", ".ftz")
-
-
 def _build(config: Config, code: str, out: str) -> Build:
     pointer = config.variant == "pointer"
-    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(_VECTORS, "*fp32")
+    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(VECTORS, "*fp32")
     types |= dict.fromkeys(("M", "N", "K", "stride_am", "stride_bn"), "i32")
     types |= {
         "a_ptr": f"*{code}",
@@ -347,12 +351,12 @@ def _build(config: Config, code: str, out: str) -> Build:
         {name: value for name, value in constants.items() if name in kernel.arg_names},
         divisible_by_16=(
             "y_ptr",
-            *_VECTORS,
+            *VECTORS,
             "N",
             *(("a_ptr", "b_ptr", "K", "stride_am", "stride_bn") if pointer else ("y",)),
         ),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
-        forbidden_ptx=_FORBIDDEN,
+        forbidden_ptx=FORBIDDEN,
         max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
         required_ptx=_instructions(code, config),
     )
@@ -360,6 +364,7 @@ def _build(config: Config, code: str, out: str) -> Build:
 
 def _instructions(code: str, config: Config) -> dict[int, tuple[str, ...]]:
     """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
+    found: dict[int, tuple[str, ...]]
     if code == "i8":
         found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
         found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
@@ -376,7 +381,7 @@ def _add_parts_build(sums: str) -> Build:
     types = {
         "parts_ptr": f"*{sums}",
         "y_ptr": "*fp32",
-        **dict.fromkeys(_VECTORS, "*fp32"),
+        **dict.fromkeys(VECTORS, "*fp32"),
         "M": "i32",
         "N": "i32",
     }
@@ -390,7 +395,7 @@ def _add_parts_build(sums: str) -> Build:
     }
     return Build(
         "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
-        forbidden_ptx=_FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
+        forbidden_ptx=FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
     )  # fmt: skip
 
 
