@@ -210,9 +210,7 @@ def rivals(device: str) -> dict[str, Callable[[Inputs], Callable[[], Any]]]:
 
 
 def workloads(device: str) -> Sequence[Workload]:
-    lists = (
-        {"GPT-2 124M": GPT2_124M, "2^28 in 30": WIDE} if device == "cuda" else {"768x768": ((768, 768),)}
-    )
+    lists = {"GPT-2 124M": GPT2_124M, "2^28 in 30": WIDE} if device == "cuda" else {"768x768": ((768, 768),)}
     formats = {  # 8 bit last: of a few workloads, a benchmark of all ops takes the last
         "float32": ("float32", "float32", 256),
         "e4m3": ("e4m3", "e4m3", 256),

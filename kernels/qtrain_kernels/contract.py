@@ -63,12 +63,14 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 def effects(op: Op[Any, Any], run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """What ``run`` returns, then what it wrote in place: the tensors of the arguments that the op mutates."""
     result = outputs(run(*inputs))
-    written = [x for name, x in zip(_names(op), inputs, strict=False) if name in op.mutates]
+    written = [x for i, x in enumerate(inputs) if i in _mutated(op)]
     return result + tuple(t for x in written for t in (x if isinstance(x, list) else [x]))
 
 
-def _names(op: Op[Any, Any]) -> list[str]:
-    return list(inspect.signature(op.reference).parameters)
+def _mutated(op: Op[Any, Any]) -> set[int]:
+    """Positions of the arguments that the op writes."""
+    names = list(inspect.signature(op.reference).parameters) if op.mutates else []
+    return {names.index(name) for name in op.mutates}
 
 
 def difference(op: Op[Any, Any], got: Tensor, want: Tensor) -> str | None:
@@ -120,10 +122,10 @@ def _case_failures(
         inputs = tuple(to_device(x, device) for x in case())
         with poisoned_memory():
             runs.append(effects(op, run, inputs))
-        for name, x, original in zip(_names(op), inputs, case(), strict=False):
+        for i, (x, original) in enumerate(zip(inputs, case(), strict=True)):
             pairs = zip(x, original, strict=True) if isinstance(x, list) else [(x, original)]
-            if name not in op.mutates and not all(same_bits(a, b) for a, b in pairs if isinstance(a, Tensor)):
-                found.append(f"argument {name} was changed")
+            if i not in _mutated(op) and not all(same_bits(a, b) for a, b in pairs if isinstance(a, Tensor)):
+                found.append(f"argument {i} was changed")
     if counted and op.executions[key] - before != 2:
         found.append(f"the {key!r} body ran {op.executions[key] - before} times in 2 calls")
     if len(runs[0]) != len(want):
