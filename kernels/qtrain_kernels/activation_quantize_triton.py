@@ -22,10 +22,10 @@ from torch import Tensor
 
 from qtrain_kernels import activation_quantize as declaration
 from qtrain_kernels.aot import Build
+from qtrain_kernels.cast_triton import rounded
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.quantize_rows import MIN_SCALE
 from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
-from qtrain_kernels.rounding_triton import rounded
 
 ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
 TILE = 64  # rows and columns of a tile: both copies are written in runs of 64 bytes
@@ -301,7 +301,7 @@ def builds() -> list[Build]:
             options=options,
             # f may use fma and fast division, but relu2 and the quantization after f may not
             forbidden_ptx=("fma.", ".ftz", "div.full", ".approx") if activation == "relu2" else (),
-            max_registers=168 if strided else 128,
+            max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
     def tiles(name: str, kernel: Any, extra: dict[str, str], constants: dict[str, Any], *more: str) -> Build:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qtrain_kernels import norm_quantize as declaration
 from qtrain_kernels.aot import Build
+from qtrain_kernels.cast_triton import rounded
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
-from qtrain_kernels.rounding_triton import rounded
 
 ONE_PASS_COLUMNS = 16384  # the row in the registers of 16 warps
 
@@ -181,7 +181,7 @@ def builds() -> list[Build]:
             else ("x_ptr", "weight_ptr", "bias_ptr", "codes_ptr", "C", "stride_xr"),
             options=options,
             forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
-            max_registers=200 if strided else 128,  # 64-bit addresses element by element
+            max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
     return [
