@@ -148,7 +148,7 @@ def builds() -> list[Build]:
             divisible_by_16=() if strided else ("x_ptr", "signs_ptr", "codes_ptr", "C", "stride_xr"),
             options=options,
             forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
-            max_registers=200 if strided else 128,  # 64-bit addresses element by element
+            max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
     return [
