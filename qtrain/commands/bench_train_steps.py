@@ -111,8 +111,8 @@ class TrainStep:
         def loss(tokens: Tensor) -> Tensor:
             return loss_of(model, tokens, device)
 
-        compiled = {"mode": "reduce-overhead"} if cuda_graphs else {}
-        self.loss: Callable[[Tensor], Tensor] = loss if name == "bf16" else torch.compile(loss, **compiled)
+        mode = "reduce-overhead" if cuda_graphs else "default"
+        self.loss: Callable[[Tensor], Tensor] = loss if name == "bf16" else torch.compile(loss, mode=mode)
         self.steps = 0
 
     def gradients(self, tokens: Tensor) -> Tensor:
