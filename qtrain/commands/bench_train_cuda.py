@@ -141,6 +141,20 @@ class Bench:
                     times[f"{arm} {optimizer}"].append((time.perf_counter() - start) * 1e3 / STEPS)
         return times
 
+    def optimizer_ms(self, rounds: int) -> dict[str, float]:
+        """Median ms of an update alone, of each optimizer, ``STEPS`` at once, in turns; with the last gradient."""
+        times: Samples = {name: [] for name in self.optimizers}
+        for i in range(rounds + 1):
+            for name, optimizer in self.optimizers.items():
+                self.synchronize()
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    optimizer.step()
+                self.synchronize()
+                if i:
+                    times[name].append((time.perf_counter() - start) * 1e3 / STEPS)
+        return {name: statistics.median(ms) for name, ms in times.items()}
+
     def synchronize(self) -> None:
         import torch
 
@@ -237,11 +251,12 @@ def measured(
     flops = bench.shared.model().flops_per_token()
     peaks = {"mfu": data_sheet_peak(name), "of_measured_peak": peak}
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"rows": rows, "missing": bench.missing, "bf16_peak_per_s": peak, "flops_per_token": flops}  # fmt: skip
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in bench.shared.model().parameters()), "rows": rows, "missing": bench.missing, "bf16_peak_per_s": peak, "flops_per_token": flops}  # fmt: skip
     if not bench.combinations():
         return found, table(found)
     memory = {c: bench.peak_bytes(*c, tokens) if device == "cuda" else None for c in bench.combinations()}
     times = bench.timed(tokens, cfg.rounds)
+    updates = bench.optimizer_ms(cfg.rounds)
     count = cfg.batch_sequences * cfg.sequence_tokens
     for arm, optimizer in bench.combinations():
         base = times[f"{next(iter(bench.steps))} {optimizer}"]
@@ -255,6 +270,7 @@ def measured(
         row |= {
             "peak_bytes": memory[arm, optimizer],
             "state_bytes": bench.state_bytes(optimizer),
+            "optimizer_ms": updates[optimizer],
             "ms": times[f"{arm} {optimizer}"],
         }
         rows.append(row)
@@ -277,8 +293,8 @@ def table(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     base = rows[0]["arm"] if rows else ""
     lines = [
-        f"| optimizer | contender | sequences | ms | tokens/s | time / {base} (95 %) | MFU | of measured peak | peak GB | states GB | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| optimizer | contender | sequences | ms | tokens/s | time / {base} (95 %) | MFU | of measured peak | peak GB | states GB | update ms | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         ratio = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
@@ -286,7 +302,7 @@ def table(found: Mapping[str, Any]) -> str:
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
         lines.append(
             f"| {r['optimizer']} | {r['arm']} | {r['sequences']} | {r['median_ms']:.2f} | {r['tokens_per_s']:.0f} | {ratio} | "
-            f"{mfu} | {r['of_measured_peak']:.1%} | {memory} | {r['state_bytes'] / 1e9:.3f} | {r['loss']:.4f} |"
+            f"{mfu} | {r['of_measured_peak']:.1%} | {memory} | {r['state_bytes'] / 1e9:.3f} | {r['optimizer_ms']:.2f} | {r['loss']:.4f} |"
         )
     lines += [f"{name}: missing: {why}" for name, why in found["missing"].items()]
     for r in found.get("largest", ()):
