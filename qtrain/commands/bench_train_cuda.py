@@ -251,13 +251,15 @@ def measured(
     flops = bench.shared.model().flops_per_token()
     peaks = {"mfu": data_sheet_peak(name), "of_measured_peak": peak}
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in bench.shared.model().parameters()), "rows": rows, "missing": bench.missing, "bf16_peak_per_s": peak, "flops_per_token": flops}  # fmt: skip
+    count = sum(p.numel() for p in bench.shared.model().parameters())
+    found: dict[str, Any] = {"parameters": count, "flops_per_token": flops, "bf16_peak_per_s": peak}
+    found |= {"rows": rows, "missing": bench.missing}
     if not bench.combinations():
         return found, table(found)
     memory = {c: bench.peak_bytes(*c, tokens) if device == "cuda" else None for c in bench.combinations()}
     times = bench.timed(tokens, cfg.rounds)
     updates = bench.optimizer_ms(cfg.rounds)
-    count = cfg.batch_sequences * cfg.sequence_tokens
+    step_tokens = cfg.batch_sequences * cfg.sequence_tokens
     for arm, optimizer in bench.combinations():
         base = times[f"{next(iter(bench.steps))} {optimizer}"]
         row = {
@@ -266,7 +268,7 @@ def measured(
             "sequences": cfg.batch_sequences,
             "loss": bench.losses[arm],
         }
-        row |= row_of(times[f"{arm} {optimizer}"], base, count, flops, peaks)
+        row |= row_of(times[f"{arm} {optimizer}"], base, step_tokens, flops, peaks)
         row |= {
             "peak_bytes": memory[arm, optimizer],
             "state_bytes": bench.state_bytes(optimizer),

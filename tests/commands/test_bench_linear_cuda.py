@@ -52,6 +52,20 @@ def test_native_contenders_run_int8_products() -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("name", "quantized"), [("native_int8", 3), ("native_int8_requantized", 4)])
+def test_every_call_quantizes_its_input_again(name: str, quantized: int) -> None:
+    """Codes are shared by the layers that read one tensor; a layer that is timed again and again is not such a one."""
+    from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
+
+    x, weight, g = (torch.randn(n, m).bfloat16() for n, m in ((64, 48), (32, 48), (64, 32)))
+    step = bench_linear_cuda.LayerStep(name, x.requires_grad_(), weight, g, 0)
+    for _ in range(3):
+        before = quantize_rows_columns.calls
+        step()
+        assert quantize_rows_columns.calls - before == quantized, "x, W and g; W twice where quantized anew"
+
+
+@pytest.mark.usefixtures("small")
 def test_calls_give_the_same_and_weights_are_not_shared() -> None:
     x, weight, g = (torch.randn(n, m).bfloat16() for n, m in ((64, 48), (32, 48), (64, 32)))
     step = bench_linear_cuda.LayerStep("bf16", x.requires_grad_(), weight, g, 0)
