@@ -358,22 +358,20 @@ def _build(config: Config, code: str, out: str) -> Build:
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
         forbidden_ptx=FORBIDDEN,
         max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
-        required_ptx=_instructions(code, config),
+        required_ptx=_instructions(code, config, out),
     )
 
 
-def _instructions(code: str, config: Config) -> dict[int, tuple[str, ...]]:
-    """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
-    found: dict[int, tuple[str, ...]]
-    if code == "i8":
-        found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
-        found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
-    else:
-        found = {90: (r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",), 100: (r"tcgen05\.mma\S*kind::f8f6f4",)}
-    if config.variant == "tma":
-        found.pop(80, None)
-        if config.BLOCK_N > 128:
-            del found[100]
+def _instructions(code: str, config: Config, out: str) -> dict[int, tuple[str, ...]]:
+    """The tensor core instructions of each architecture that runs the config; sm_100 by one build."""
+    if config.variant == "pointer":
+        return {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32", r"cp\.async")}
+    wgmma = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if code == "i8" else r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3"
+    found = {90: (wgmma, r"cp\.async\.bulk\.tensor")}
+    if config.BLOCK_M == config.BLOCK_N == 128 and config.SPLIT == 1 and out == "bf16":
+        # Triton 3.6 takes int8 in mma.sync there, 3.9 in tcgen05
+        integer = r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32"
+        found[100] = (integer if code == "i8" else r"tcgen05\.mma\S*kind::f8f6f4",)
     return found
 
 
@@ -395,7 +393,7 @@ def _add_parts_build(sums: str) -> Build:
     }
     return Build(
         "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
-        forbidden_ptx=FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
+        forbidden_ptx=FORBIDDEN, required_ptx={90: ()},
     )  # fmt: skip
 
 
