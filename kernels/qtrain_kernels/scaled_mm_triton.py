@@ -367,7 +367,7 @@ def _instructions(code: str, config: Config, out: str) -> dict[int, tuple[str, .
     if config.variant == "pointer":
         return {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32", r"cp\.async")}
     wgmma = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if code == "i8" else r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3"
-    found = {90: (wgmma, r"cp\.async\.bulk\.tensor")}
+    found: dict[int, tuple[str, ...]] = {90: (wgmma, r"cp\.async\.bulk\.tensor")}
     if config.BLOCK_M == config.BLOCK_N == 128 and config.SPLIT == 1 and out == "bf16":
         # Triton 3.6 takes int8 in mma.sync there, 3.9 in tcgen05
         integer = r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32"
