@@ -12,6 +12,7 @@ from torch import Tensor
 from qtrain_kernels import int8_scaled_mm as declaration
 from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
+from qtrain_kernels.k_major_triton import k_major_build
 from qtrain_kernels.scaled_mm_config import SPECIALISED, Config, choose
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
@@ -38,7 +39,7 @@ def builds() -> list[Build]:
     from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
 
     specialised = [build_specialised(config, torch.int8, "bf16") for config in SPECIALISED["int8"]]
-    return [*scaled_mm_triton.builds("int8"), *specialised, scaled_mm_triton.k_major_build()]
+    return [*scaled_mm_triton.builds("int8"), *specialised, k_major_build()]
 
 
 def variants() -> dict[str, Callable[..., Tensor]]:

@@ -9,7 +9,7 @@ multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in orde
 depends on who finishes first.
 
 Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
-descriptors and wide loads want aligned rows. ``k_major`` copies what is not so; bytes are moved, never converted.
+descriptors and wide loads want aligned rows. ``k_major`` copies what is not so.
 
 M, N free indices, K contraction.
 """
@@ -26,11 +26,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qtrain_kernels.aot import Build
+from qtrain_kernels.k_major_triton import ALIGNMENT, k_major
 from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
-COPY_BLOCK = 128
 PART_ROWS, PART_COLUMNS = 16, 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 VARIANTS = (  # tiles that are small enough for the cases to have several
@@ -196,37 +195,6 @@ def _scaled_mm_pointer_kernel(
         b += BLOCK_K
     _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
            A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
-
-
-@triton.jit
-def _k_major_kernel(
-    x_ptr, y_ptr, R, C, stride_xr, stride_xc, stride_yr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """[R, C] bytes of any strides -> rows of C bytes, stride_yr apart."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    row = tl.expand_dims((tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R), 1)
-    column = tl.expand_dims((tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C), 0)
-    mask = (row < R) & (column < C)
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    x = tl.load(x_ptr + row * stride_xr + column * stride_xc, mask=mask)
-    tl.store(y_ptr + row * stride_yr + column, x, mask=mask)
-
-
-def k_major(x: Tensor) -> Tensor:
-    """[R, C] of a 1-byte dtype -> the same with unit stride along C and rows of a multiple of 16 bytes; ``x`` itself
-    where it is so already. The padding between rows is not written: nothing reads it."""
-    aligned = x.stride(0) % ALIGNMENT == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % ALIGNMENT == 0
-    if x.stride(1) == 1 and aligned:
-        return x
-    R, C = x.shape
-    pitch = triton.cdiv(C, ALIGNMENT) * ALIGNMENT
-    y = torch.empty((R, pitch), dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(R, COPY_BLOCK) * triton.cdiv(C, COPY_BLOCK),)
-    _k_major_kernel[grid](
-        x.view(torch.int8), y, R, C, x.stride(0), x.stride(1), pitch,
-        BLOCK_R=COPY_BLOCK, BLOCK_C=COPY_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y.view(x.dtype)[:, :C]
 
 
 def _mode(vector: Tensor | None) -> int:
@@ -395,12 +363,3 @@ def _add_parts_build(sums: str) -> Build:
         "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
         forbidden_ptx=FORBIDDEN, required_ptx={90: ()},
     )  # fmt: skip
-
-
-def k_major_build() -> Build:
-    """Of an operand that lies transposed."""
-    types = {"x_ptr": "*i8", "y_ptr": "*i8", **dict.fromkeys(("R", "C", "stride_xc", "stride_yr"), "i32")}
-    constants = {"stride_xr": 1, "BLOCK_R": COPY_BLOCK, "BLOCK_C": COPY_BLOCK}
-    return Build(
-        "transposed copy", _k_major_kernel, types, constants, divisible_by_16=tuple(types), options=OPTIONS
-    )
