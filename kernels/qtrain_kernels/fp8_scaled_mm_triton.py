@@ -18,8 +18,9 @@ from qtrain_kernels import fp8_scaled_mm as declaration
 from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
 from qtrain_kernels.int8_scaled_mm import epilogue
-from qtrain_kernels.scaled_mm_config import LIBRARY, PROMOTED, Config, choose, properties
-from qtrain_kernels.scaled_mm_triton import fastest, k_major, scaled_mm
+from qtrain_kernels.k_major_triton import k_major
+from qtrain_kernels.scaled_mm_config import LIBRARY, PROMOTED, SPECIALISED, Config, choose, properties
+from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
 MIN_CAPABILITY = (9, 0)
 
@@ -77,7 +78,10 @@ def _library(
 
 
 def builds() -> list[Build]:
-    return scaled_mm_triton.builds("fp8")
+    from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
+
+    specialised = [build_specialised(config, declaration.E4M3, "bf16") for config in SPECIALISED["fp8"]]
+    return [*scaled_mm_triton.builds("fp8"), *specialised]
 
 
 def variants() -> dict[str, Callable[..., Tensor]]:

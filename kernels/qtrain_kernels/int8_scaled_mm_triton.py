@@ -12,7 +12,8 @@ from torch import Tensor
 from qtrain_kernels import int8_scaled_mm as declaration
 from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
-from qtrain_kernels.scaled_mm_config import Config, choose
+from qtrain_kernels.k_major_triton import k_major_build
+from qtrain_kernels.scaled_mm_config import SPECIALISED, Config, choose
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
 
@@ -35,7 +36,10 @@ def launch(
 
 def builds() -> list[Build]:
     """The copy to K-major as well, of a transposed operand."""
-    return [*scaled_mm_triton.builds("int8"), scaled_mm_triton.k_major_build()]
+    from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
+
+    specialised = [build_specialised(config, torch.int8, "bf16") for config in SPECIALISED["int8"]]
+    return [*scaled_mm_triton.builds("int8"), *specialised, k_major_build()]
 
 
 def variants() -> dict[str, Callable[..., Tensor]]:

@@ -81,6 +81,11 @@ _POINTER_TILES = (
     (Config("pointer", 128, 128, 64, 8, 3), 1.0),
     (Config("pointer", 64, 64, 64, 4, 4), 0.5),
 )
+# Of sm_90, for measurements: the rule has no rates of them
+SPECIALISED: dict[str, tuple[Config, ...]] = {
+    "int8": (Config("specialised", 256, 128, 128, 4, 4), Config("specialised", 128, 128, 128, 4, 6)),
+    "fp8": (Config("specialised", 128, 128, 128, 4, 6),),
+}
 _BYTE_COST = 1.3
 """Multiply-adds that a multiprocessor does while the memory moves a byte: 2500 a clock against 1970 bytes (H100 SXM)."""
 
@@ -89,10 +94,18 @@ def candidates(kind: str, capability: tuple[int, int], K: int) -> list[tuple[Con
     """The configs that run, with their relative rates. ``kind``: "int8" or "fp8"."""
     if capability < (9, 0):
         return list(_POINTER_TILES)
+    if capability >= (10, 0):
+        # The sums lie in tensor memory and leave through the registers of the epilogue: 256 columns and parts would spill
+        return [(config, rate) for config, rate in _TILES[kind] if config.BLOCK_N <= 128]
     splits = [s for s in SPLITS if s == 1 or K // s >= MIN_SPLIT_K]
-    # On sm_100 the sums lie in tensor memory and leave through the registers of the epilogue: 256 columns would spill
-    tiles = [(c, rate) for c, rate in _TILES[kind] if capability < (10, 0) or c.BLOCK_N <= 128]
+    tiles = _TILES[kind]
     return [(replace(config, SPLIT=s), rate) for config, rate in tiles for s in splits]
+
+
+def measurable(kind: str, capability: tuple[int, int], K: int) -> list[Config]:
+    """All configs that run, the specialised ones included."""
+    specialised = SPECIALISED[kind] if capability == (9, 0) else ()
+    return [*specialised, *(config for config, _ in candidates(kind, capability, K))]
 
 
 def by_rule(kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int) -> Config:
@@ -182,7 +195,7 @@ def choose(
     kind: str, M: int, N: int, K: int, out_dtype: torch.dtype, device: torch.device, measure: Measure, extra: Sequence[Config] = ()
 ) -> Config:  # fmt: skip
     """The config of a problem. ``measure``: candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not
-    while a CUDA graph is captured; ``extra``: candidates beside those of ``candidates``."""
+    while a CUDA graph is captured; ``extra``: candidates beside those of ``measurable``."""
     problem = (kind, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
     if problem not in _CHOSEN:
         capability, multiprocessors = properties(device)
@@ -193,7 +206,7 @@ def choose(
             and os.environ.get(TUNE_VARIABLE) == "1"
             and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         ):
-            found = measure([*extra, *(c for c, _ in candidates(kind, capability, K))])
+            found = measure([*extra, *measurable(kind, capability, K)])
             remember(name, found)
         _CHOSEN[problem] = found or by_rule(kind, M, N, K, capability, multiprocessors)
     return _CHOSEN[problem]

@@ -9,7 +9,7 @@ multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in orde
 depends on who finishes first.
 
 Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
-descriptors and wide loads want aligned rows. ``k_major`` copies what is not so; bytes are moved, never converted.
+descriptors and wide loads want aligned rows. ``k_major`` copies what is not so.
 
 M, N free indices, K contraction.
 """
@@ -26,11 +26,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qtrain_kernels.aot import Build
+from qtrain_kernels.k_major_triton import ALIGNMENT, k_major
 from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
-COPY_BLOCK = 128
 PART_ROWS, PART_COLUMNS = 16, 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 VARIANTS = (  # tiles that are small enough for the cases to have several
@@ -198,37 +197,6 @@ def _scaled_mm_pointer_kernel(
            A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
-def _k_major_kernel(
-    x_ptr, y_ptr, R, C, stride_xr, stride_xc, stride_yr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """[R, C] bytes of any strides -> rows of C bytes, stride_yr apart."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    row = tl.expand_dims((tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R), 1)
-    column = tl.expand_dims((tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C), 0)
-    mask = (row < R) & (column < C)
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    x = tl.load(x_ptr + row * stride_xr + column * stride_xc, mask=mask)
-    tl.store(y_ptr + row * stride_yr + column, x, mask=mask)
-
-
-def k_major(x: Tensor) -> Tensor:
-    """[R, C] of a 1-byte dtype -> the same with unit stride along C and rows of a multiple of 16 bytes; ``x`` itself
-    where it is so already. The padding between rows is not written: nothing reads it."""
-    aligned = x.stride(0) % ALIGNMENT == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % ALIGNMENT == 0
-    if x.stride(1) == 1 and aligned:
-        return x
-    R, C = x.shape
-    pitch = triton.cdiv(C, ALIGNMENT) * ALIGNMENT
-    y = torch.empty((R, pitch), dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(R, COPY_BLOCK) * triton.cdiv(C, COPY_BLOCK),)
-    _k_major_kernel[grid](
-        x.view(torch.int8), y, R, C, x.stride(0), x.stride(1), pitch,
-        BLOCK_R=COPY_BLOCK, BLOCK_C=COPY_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y.view(x.dtype)[:, :C]
-
-
 def _mode(vector: Tensor | None) -> int:
     return 0 if vector is None else 1 if vector.shape[0] == 1 else 2
 
@@ -358,22 +326,20 @@ def _build(config: Config, code: str, out: str) -> Build:
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
         forbidden_ptx=FORBIDDEN,
         max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
-        required_ptx=_instructions(code, config),
+        required_ptx=_instructions(code, config, out),
     )
 
 
-def _instructions(code: str, config: Config) -> dict[int, tuple[str, ...]]:
-    """The tensor core instructions of the variant. sm_100 takes int8 in mma.sync where this Triton knows no other."""
-    found: dict[int, tuple[str, ...]]
-    if code == "i8":
-        found = {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32",), 90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8",)}
-        found[100] = (r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32",)
-    else:
-        found = {90: (r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3",), 100: (r"tcgen05\.mma\S*kind::f8f6f4",)}
-    if config.variant == "tma":
-        found.pop(80, None)
-        if config.BLOCK_N > 128:
-            del found[100]
+def _instructions(code: str, config: Config, out: str) -> dict[int, tuple[str, ...]]:
+    """The tensor core instructions of each architecture that runs the config; sm_100 by one build."""
+    if config.variant == "pointer":
+        return {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32", r"cp\.async")}
+    wgmma = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if code == "i8" else r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3"
+    found: dict[int, tuple[str, ...]] = {90: (wgmma, r"cp\.async\.bulk\.tensor")}
+    if config.BLOCK_M == config.BLOCK_N == 128 and config.SPLIT == 1 and out == "bf16":
+        # Triton 3.6 takes int8 in mma.sync there, 3.9 in tcgen05
+        integer = r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32"
+        found[100] = (integer if code == "i8" else r"tcgen05\.mma\S*kind::f8f6f4",)
     return found
 
 
@@ -395,14 +361,5 @@ def _add_parts_build(sums: str) -> Build:
     }
     return Build(
         "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
-        forbidden_ptx=FORBIDDEN, required_ptx=dict.fromkeys((90, 100), ()),
+        forbidden_ptx=FORBIDDEN, required_ptx={90: ()},
     )  # fmt: skip
-
-
-def k_major_build() -> Build:
-    """Of an operand that lies transposed."""
-    types = {"x_ptr": "*i8", "y_ptr": "*i8", **dict.fromkeys(("R", "C", "stride_xc", "stride_yr"), "i32")}
-    constants = {"stride_xr": 1, "BLOCK_R": COPY_BLOCK, "BLOCK_C": COPY_BLOCK}
-    return Build(
-        "transposed copy", _k_major_kernel, types, constants, divisible_by_16=tuple(types), options=OPTIONS
-    )
