@@ -30,9 +30,11 @@ from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, 
 
 ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
 TILE = 64  # rows and columns of a tile: both copies are written in runs of 64 bytes
-MAXIMA_TILES = (
-    8  # tiles along a row that one program of the first kernel takes: an atomic a row for all of them
-)
+MAXIMA_TILE = {
+    "STEPS": 16,
+    "BLOCK_R": 16,
+    "BLOCK_C": 256,
+}  # 32 elements a thread; a row of a tile is one warp's
 
 
 @triton.jit
@@ -152,28 +154,29 @@ def _activation_maxima_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """row_amax, column_amax: bits of the maximum of |y|, int32, zero before."""
-    along = tl.cdiv(C, BLOCK * TILES)
-    row_index = (tl.program_id(0) // along).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.expand_dims(row_index, 1)
-    first = (tl.program_id(0) % along) * (BLOCK * TILES)
-    row_amax = tl.zeros([BLOCK], tl.int32)
-    for i in range(TILES):
-        column_index = (first + i * BLOCK).to(tl.int64) + tl.arange(0, BLOCK)
-        column = tl.expand_dims(column_index, 0)
+    """row_amax, column_amax: bits of the maximum of |y|, int32, zero before. A program goes down STEPS tiles: an atomic
+    a column of all of them, and one a row of each."""
+    across = tl.cdiv(C, BLOCK_C)
+    first = (tl.program_id(0) // across).to(tl.int64) * (BLOCK_R * STEPS)
+    column_index = (tl.program_id(0) % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = tl.expand_dims(column_index, 0)
+    magnitude = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+    for start in range(first, tl.minimum(first + BLOCK_R * STEPS, R), BLOCK_R):
+        row_index = start + tl.arange(0, BLOCK_R)
+        row = tl.expand_dims(row_index, 1)
         mask = (row < R) & (column < C)
         h = h_ptr + row * stride_hr + column * stride_hc
         up = up_ptr + row * stride_ur + column * stride_uc
-        magnitude = magnitude_bits(_load_y(h, up, mask, ACTIVATION, GATED))
-        column_amax = tl.max(magnitude, axis=0)
-        tl.atomic_max(column_amax_ptr + column_index, column_amax, mask=column_index < C, sem="relaxed")
+        here = magnitude_bits(_load_y(h, up, mask, ACTIVATION, GATED))
+        magnitude = tl.maximum(magnitude, here)
         if ROWS:
-            row_amax = tl.maximum(row_amax, tl.max(magnitude, axis=1))
-    if ROWS:
-        tl.atomic_max(row_amax_ptr + row_index, row_amax, mask=row_index < R, sem="relaxed")
+            tl.atomic_max(row_amax_ptr + row_index, tl.max(here, axis=1), mask=row_index < R, sem="relaxed")
+    column_amax = tl.max(magnitude, axis=0)
+    tl.atomic_max(column_amax_ptr + column_index, column_amax, mask=column_index < C, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["row_qmax", "row_stream", "column_qmax", "column_stream"])
@@ -267,16 +270,17 @@ def launch(
     strides = (*h.stride(), *gate.stride())
     what = {"ACTIVATION": activation, "GATED": up is not None}
     if column_qmax:
-        row_amax, column_amax = (torch.zeros(n, dtype=torch.int32, device=h.device) for n in (R, C))
-        block = {"ROWS": row_qmax > 0, "BLOCK": TILE, **OPTIONS}
-        rows = triton.cdiv(R, TILE)
-        _activation_maxima_kernel[(rows * triton.cdiv(C, TILE * MAXIMA_TILES),)](
-            h, gate, row_amax, column_amax, R, C, *strides, TILES=MAXIMA_TILES, **what, **block
+        row_amax, column_amax = torch.zeros(R + C, dtype=torch.int32, device=h.device).split((R, C))
+        what |= {"ROWS": row_qmax > 0}
+        strips = triton.cdiv(R, MAXIMA_TILE["STEPS"] * MAXIMA_TILE["BLOCK_R"])
+        _activation_maxima_kernel[(strips * triton.cdiv(C, MAXIMA_TILE["BLOCK_C"]),)](
+            h, gate, row_amax, column_amax, R, C, *strides, **what, **MAXIMA_TILE, **OPTIONS
         )
-        _activation_both_kernel[(rows * triton.cdiv(C, TILE),)](
+        _activation_both_kernel[(triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)](
             h, gate, row_amax, column_amax, *outputs, seed, step, row_offset, R, C, *strides,
             row_qmax, row_stream, column_qmax, column_stream,
-            ROW_STOCHASTIC=row_stochastic and row_qmax > 0, COLUMN_STOCHASTIC=column_stochastic, **what, **block,
+            ROW_STOCHASTIC=row_stochastic and row_qmax > 0, COLUMN_STOCHASTIC=column_stochastic,
+            BLOCK=TILE, **what, **OPTIONS,
         )  # fmt: skip
     elif row_qmax:
         block = tile(C, ONE_PASS_COLUMNS)
@@ -322,7 +326,7 @@ def builds() -> list[Build]:
             pointers
             | {"row_amax_ptr": "*i32", "column_amax_ptr": "*i32", **extra}
             | dict.fromkeys(strides, "i32"),
-            {"ACTIVATION": "gelu", "GATED": False, "ROWS": True, "BLOCK": TILE, **contiguous, **constants},
+            {"ACTIVATION": "gelu", "GATED": False, "ROWS": True, **contiguous, **constants},
             divisible_by_16=(*aligned, "R", *more),
             options={"num_warps": 4, **OPTIONS},
         )
@@ -334,7 +338,7 @@ def builds() -> list[Build]:
         "column_scale_ptr": "*fp32",
     }
     scalars = dict.fromkeys(("row_qmax", "row_stream", "column_qmax", "column_stream"), "i32")
-    stochastic = {"ROW_STOCHASTIC": True, "COLUMN_STOCHASTIC": True}
+    stochastic = {"ROW_STOCHASTIC": True, "COLUMN_STOCHASTIC": True, "BLOCK": TILE}
     return [
         rows(4096, "gelu", False, False),
         rows(4096, "relu2", False, True),
@@ -342,7 +346,7 @@ def builds() -> list[Build]:
         rows(14336, "silu", True, True),
         rows(32768, "gelu_tanh", True, True),
         rows(32768, "silu", True, True, strided=True),
-        tiles("maxima", _activation_maxima_kernel, {}, {"TILES": MAXIMA_TILES}),
+        tiles("maxima", _activation_maxima_kernel, {}, MAXIMA_TILE),
         tiles(
             "both", _activation_both_kernel, stored | scalars, stochastic, "row_codes_ptr", "column_codes_ptr"
         ),
