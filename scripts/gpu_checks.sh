@@ -15,6 +15,7 @@
 #   QTRAIN_PYTHON  the interpreter (default: python3)
 #   ARGS_kernels, ARGS_linear, ...  more arguments of a part, as in ARGS_linear='arms=[bf16,native_int8]'; of warm: which
 #                  benchmarks it compiles for (default: 'linear train kernels')
+#   QTRAIN_TUNE_GEMMS=1  the benchmarks measure which GEMM is fastest for a shape, and keep it (kernels/README.md)
 #   SHOW           lines of each part that are shown here (default: 15)
 # Exits with 1 if a part failed.
 set -uo pipefail
@@ -93,6 +94,8 @@ warm_up() { # $1 seconds. A process a contender: what is compiled stays in the c
 
 run_part() { # $1 name, $2 seconds: its output to FOLDER/NAME.txt, its verdict to FOLDER/.NAME.verdict
     local start=$SECONDS code verdict
+    # beside other processes a measured choice of GEMMs would be noise, and kept
+    case "$1" in contracts | tests | warm) unset QTRAIN_TUNE_GEMMS ;; esac
     if [ "$1" = warm ]; then
         warm_up "$2" >"$out/$1.txt" 2>&1
     else
