@@ -19,10 +19,16 @@ from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
 from qtrain_kernels.int8_scaled_mm import epilogue
 from qtrain_kernels.k_major_triton import k_major
-from qtrain_kernels.scaled_mm_config import LIBRARY, PROMOTED, SPECIALISED, Config, choose, properties
+from qtrain_kernels.scaled_mm_config import (
+    DATA_CENTER,
+    LIBRARY,
+    PROMOTED,
+    SPECIALISED,
+    Config,
+    choose,
+    properties,
+)
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
-
-MIN_CAPABILITY = (9, 0)
 
 
 def launch(
@@ -30,11 +36,11 @@ def launch(
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference``; ``config``: this one instead of the one that is chosen for the shape. Raises RuntimeError on a GPU
-    without fp8 tensor cores."""
+    of another kind than Hopper and Blackwell of data centers."""
     declaration.check(a, b, a_scale, b_scale, bias, out_dtype)
-    if properties(a.device)[0] < MIN_CAPABILITY:
+    if properties(a.device)[0][0] not in DATA_CENTER:
         raise RuntimeError(
-            f"fp8_scaled_mm needs compute capability 9.0 (H100) or later, not {torch.cuda.get_device_name(a.device)}; "
+            f"fp8_scaled_mm has kernels for compute capabilities 9 and 10 (H100, B200), not for {torch.cuda.get_device_name(a.device)}; "
             "use an int8 recipe there"
         )
     if 0 in (*a.shape, b.shape[0]):

@@ -57,7 +57,8 @@ def test_short_contractions_stay_whole() -> None:
 
 
 def test_the_variants_are_those_of_the_architecture() -> None:
-    assert {c.variant for c, _ in candidates("int8", (8, 0), 8192)} == {"pointer"}
+    for capability in ((8, 0), (8, 9), (12, 0)):
+        assert {c.variant for c, _ in candidates("int8", capability, 8192)} == {"pointer"}
     assert {c.variant for c, _ in candidates("int8", HOPPER, 8192)} == {"tma"}
     assert max(c.BLOCK_N for c, _ in candidates("int8", (10, 0), 8192)) == 128
 
