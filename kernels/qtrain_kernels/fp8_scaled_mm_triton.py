@@ -47,13 +47,19 @@ def launch(
         sums = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.float32, device=a.device)
         return epilogue(sums, a_scale, b_scale, bias, out_dtype)
 
+    taken = library_takes(a, b, a_scale, b_scale, bias, out_dtype)
+
     def run(chosen: Config) -> Tensor:
+        if chosen == LIBRARY and not taken:
+            raise ValueError(
+                "torch._scaled_mm does not compute this product, see library_takes; pass another config"
+            )
         if chosen == LIBRARY:
             return _library(a, b, a_scale, b_scale, out_dtype)
         return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, PROMOTED)
 
     (M, K), N = a.shape, b.shape[0]
-    extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []
+    extra = [LIBRARY] if taken else []
     if config is None:
         config = choose("fp8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run), extra)
     return run(config)

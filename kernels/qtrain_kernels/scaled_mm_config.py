@@ -198,10 +198,13 @@ def choose(
 ) -> Config:  # fmt: skip
     """The config of a problem. ``measure``: candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not
     while a CUDA graph is captured; ``extra``: candidates beside those of ``measurable``."""
-    problem = (kind, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
+    kind_of_key = kind + "".join(
+        f" or {config.name}" for config in extra
+    )  # what may win is part of the question
+    problem = (kind_of_key, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
     if problem not in _CHOSEN:
         capability, multiprocessors = properties(device)
-        name = key(kind, M, N, K, out_dtype, device)
+        name = key(kind_of_key, M, N, K, out_dtype, device)
         found = measured().get(name)
         if (
             found is None
