@@ -19,10 +19,16 @@ from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
 from qtrain_kernels.int8_scaled_mm import epilogue
 from qtrain_kernels.k_major_triton import k_major
-from qtrain_kernels.scaled_mm_config import LIBRARY, PROMOTED, SPECIALISED, Config, choose, properties
+from qtrain_kernels.scaled_mm_config import (
+    DATA_CENTER,
+    LIBRARY,
+    PROMOTED,
+    SPECIALISED,
+    Config,
+    choose,
+    properties,
+)
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
-
-MIN_CAPABILITY = (9, 0)
 
 
 def launch(
@@ -30,24 +36,30 @@ def launch(
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference``; ``config``: this one instead of the one that is chosen for the shape. Raises RuntimeError on a GPU
-    without fp8 tensor cores."""
+    of another kind than Hopper and Blackwell of data centers."""
     declaration.check(a, b, a_scale, b_scale, bias, out_dtype)
-    if properties(a.device)[0] < MIN_CAPABILITY:
+    if properties(a.device)[0][0] not in DATA_CENTER:
         raise RuntimeError(
-            f"fp8_scaled_mm needs compute capability 9.0 (H100) or later, not {torch.cuda.get_device_name(a.device)}; "
+            f"fp8_scaled_mm has kernels for compute capabilities 9 and 10 (H100, B200), not for {torch.cuda.get_device_name(a.device)}; "
             "use an int8 recipe there"
         )
     if 0 in (*a.shape, b.shape[0]):
         sums = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.float32, device=a.device)
         return epilogue(sums, a_scale, b_scale, bias, out_dtype)
 
+    taken = library_takes(a, b, a_scale, b_scale, bias, out_dtype)
+
     def run(chosen: Config) -> Tensor:
+        if chosen == LIBRARY and not taken:
+            raise ValueError(
+                "torch._scaled_mm does not compute this product, see library_takes; pass another config"
+            )
         if chosen == LIBRARY:
             return _library(a, b, a_scale, b_scale, out_dtype)
         return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, PROMOTED)
 
     (M, K), N = a.shape, b.shape[0]
-    extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []
+    extra = [LIBRARY] if taken else []
     if config is None:
         config = choose("fp8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run), extra)
     return run(config)

@@ -30,7 +30,7 @@ TUNE_VARIABLE = "QTRAIN_TUNE_GEMMS"
 class Config:
     """How a GEMM is cut.
 
-    ``variant``: "tma" (tensor descriptors, sm_90 and later), "specialised" (the same with one warp that loads and two
+    ``variant``: "tma" (tensor descriptors, sm_90 and sm_100), "specialised" (the same with one warp that loads and two
     warpgroups that multiply, sm_90), "pointer" (masked loads, every GPU), "library" (``torch._scaled_mm``, fp8 alone).
     ``num_stages``: tiles of both operands in flight. ``GROUP_M``: rows of tiles that are walked together. ``persistent``:
     one program a multiprocessor. ``SPLIT``: parts of the contraction, each with sums of its own, added at the end.
@@ -61,6 +61,8 @@ class Config:
 LIBRARY = Config("library")
 PROMOTED = 128
 """fp8 products that are summed in the tensor core before float32 takes over (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
+DATA_CENTER = (9, 10)
+"""Major compute capabilities (Hopper, Blackwell) with descriptors and the shared memory of the tiles, 227 KB a block; sm_120 has 99."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_SPLIT_K = 1024
 """Below, the sum over the parts costs more than the multiprocessors that it fills."""
@@ -92,9 +94,9 @@ _BYTE_COST = 1.3
 
 def candidates(kind: str, capability: tuple[int, int], K: int) -> list[tuple[Config, float]]:
     """The configs that run, with their relative rates. ``kind``: "int8" or "fp8"."""
-    if capability < (9, 0):
+    if capability[0] not in DATA_CENTER:
         return list(_POINTER_TILES)
-    if capability >= (10, 0):
+    if capability[0] == 10:
         # The sums lie in tensor memory and leave through the registers of the epilogue: 256 columns and parts would spill
         return [(config, rate) for config, rate in _TILES[kind] if config.BLOCK_N <= 128]
     splits = [s for s in SPLITS if s == 1 or K // s >= MIN_SPLIT_K]
@@ -196,10 +198,13 @@ def choose(
 ) -> Config:  # fmt: skip
     """The config of a problem. ``measure``: candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not
     while a CUDA graph is captured; ``extra``: candidates beside those of ``measurable``."""
-    problem = (kind, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
+    kind_of_key = kind + "".join(
+        f" or {config.name}" for config in extra
+    )  # what may win is part of the question
+    problem = (kind_of_key, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
     if problem not in _CHOSEN:
         capability, multiprocessors = properties(device)
-        name = key(kind, M, N, K, out_dtype, device)
+        name = key(kind_of_key, M, N, K, out_dtype, device)
         found = measured().get(name)
         if (
             found is None

@@ -91,6 +91,16 @@ def test_bad_arguments_are_named(change, message) -> None:
         fp8_scaled_mm(**_arguments(**change))
 
 
+def test_the_library_is_not_given_what_it_would_drop() -> None:
+    pytest.importorskip("triton")
+    from qtrain_kernels.fp8_scaled_mm_triton import launch
+    from qtrain_kernels.scaled_mm_config import LIBRARY
+
+    codes = torch.zeros(16, 16).to(E4M3)
+    with pytest.raises(ValueError, match="pass another config"):
+        launch(codes, codes, None, None, torch.ones(16), torch.bfloat16, LIBRARY)
+
+
 @pytest.mark.gpu
 def test_long_sums_are_promoted_to_float32() -> None:
     """Of positive products, the tensor core's own sum stands still once a product is below its last bit: with 14 bits at

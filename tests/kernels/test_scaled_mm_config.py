@@ -57,7 +57,8 @@ def test_short_contractions_stay_whole() -> None:
 
 
 def test_the_variants_are_those_of_the_architecture() -> None:
-    assert {c.variant for c, _ in candidates("int8", (8, 0), 8192)} == {"pointer"}
+    for capability in ((8, 0), (8, 9), (12, 0)):
+        assert {c.variant for c, _ in candidates("int8", capability, 8192)} == {"pointer"}
     assert {c.variant for c, _ in candidates("int8", HOPPER, 8192)} == {"tma"}
     assert max(c.BLOCK_N for c, _ in candidates("int8", (10, 0), 8192)) == 128
 
@@ -98,16 +99,23 @@ def test_nothing_is_measured_unasked_and_what_was_measured_is_taken(cache, monke
         asked.append(list(found))
         return measured
 
-    assert choose(*problem, measure, [LIBRARY]) == measured
+    assert choose(*problem, measure) == measured
     assert choose("int8", 510, 590, 4090, BF16, CPU, never) == measured, "the same bucket"
-    assert asked[0][0] == LIBRARY
-    assert configs.measurable("int8", HOPPER, 4096) == asked[0][1:]
-    assert len(asked) == 1
+    assert asked == [configs.measurable("int8", HOPPER, 4096)]
     monkeypatch.setattr(configs, "_MEASURED", {})  # as a new process finds it
     configs._CHOSEN.clear()
     monkeypatch.delenv(configs.TUNE_VARIABLE)
     assert choose(*problem, never) == measured
     assert [p.name for p in (cache / "kernels").iterdir()] == [configs.FILE], "no temporary file is left"
+
+
+def test_the_library_is_chosen_only_where_it_may_run(monkeypatch) -> None:
+    problem = ("fp8", 512, 768, 4096, BF16, CPU)
+    monkeypatch.setenv(configs.TUNE_VARIABLE, "1")
+    assert choose(*problem, lambda found: found[0], [LIBRARY]) == LIBRARY
+    monkeypatch.delenv(configs.TUNE_VARIABLE)
+    assert choose(*problem, never, [LIBRARY]) == LIBRARY
+    assert choose(*problem, never) == by_rule("fp8", 512, 768, 4096, HOPPER, 2) != LIBRARY
 
 
 def test_writers_add_to_the_file(cache) -> None:
