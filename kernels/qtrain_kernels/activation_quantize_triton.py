@@ -26,7 +26,16 @@ from qtrain_kernels.aot import Build
 from qtrain_kernels.cast_triton import exp2, reciprocal, rounded
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.quantize_rows import MIN_SCALE
-from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
+from qtrain_kernels.quantize_rows_triton import tile
+from qtrain_kernels.rounding_triton import (
+    FORBIDDEN_PTX,
+    INT8,
+    OPTIONS,
+    codes,
+    inverse_of,
+    magnitude_bits,
+    scale_of,
+)
 
 ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
 TILE = 64  # rows and columns of a tile: both copies are written in runs of 64 bytes
@@ -118,24 +127,24 @@ def _activation_rows_kernel(
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
             magnitude = tl.maximum(magnitude, magnitude_bits(y))
-    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
+    scale = scale_of(tl.max(magnitude, axis=1), qmax, INT8)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
-
+    inverse = tl.expand_dims(inverse_of(scale), 1)
+    finite = inverse > 0.0
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
         r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        code = tl.where(finite, codes(y, inverse, block, r0, r1, qmax, INT8, STOCHASTIC), 0)
         tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
-            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            code = tl.where(finite, codes(y, inverse, column, r0, r1, qmax, INT8, STOCHASTIC), 0)
             tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
@@ -226,25 +235,27 @@ def _activation_both_kernel(
     r0, r1 = 0, 0
     if ROWS:
         amax = tl.load(row_amax_ptr + row_index, mask=row_index < R, other=0)
-        scale, inverse, finite = scale_and_inverse(amax, row_qmax)
+        scale = scale_of(amax, row_qmax, INT8)
         if column_tile == 0:
             tl.store(row_scale_ptr + row_index, scale, mask=row_index < R)
         if ROW_STOCHASTIC:
             k0, k1 = key(seed, step, row_stream)
             r0, r1 = row_keys(row + offset, k0, k1)
-        inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
-        code = codes(y, inverse, finite, column, r0, r1, row_qmax, ROW_STOCHASTIC)
+        inverse = tl.expand_dims(inverse_of(scale), 1)
+        code = codes(y, inverse, column, r0, r1, row_qmax, INT8, ROW_STOCHASTIC)
+        code = tl.where(inverse > 0.0, code, 0)
         tl.store(row_codes_ptr + row * C + column, code.to(tl.int8), mask=mask)
 
     amax = tl.load(column_amax_ptr + column_index, mask=column_index < C, other=0)
-    scale, inverse, finite = scale_and_inverse(amax, column_qmax)
+    scale = scale_of(amax, column_qmax, INT8)
     if row_tile == 0:
         tl.store(column_scale_ptr + column_index, scale, mask=column_index < C)
     if COLUMN_STOCHASTIC:
         k0, k1 = key(seed, step, column_stream)
         r0, r1 = row_keys(row + offset, k0, k1)
-    inverse, finite = tl.expand_dims(inverse, 0), tl.expand_dims(finite, 0)
-    code = codes(y, inverse, finite, column, r0, r1, column_qmax, COLUMN_STOCHASTIC)
+    inverse = tl.expand_dims(inverse_of(scale), 0)
+    code = codes(y, inverse, column, r0, r1, column_qmax, INT8, COLUMN_STOCHASTIC)
+    code = tl.where(inverse > 0.0, code, 0)
     transposed = tl.expand_dims(column_index, 1) * R + tl.expand_dims(row_index, 0)
     mask = (tl.expand_dims(column_index, 1) < C) & (tl.expand_dims(row_index, 0) < R)
     tl.store(column_codes_ptr + transposed, tl.trans(code.to(tl.int8)), mask=mask)
@@ -315,7 +326,7 @@ def builds() -> list[Build]:
             divisible_by_16=() if strided else (*aligned, "codes_ptr"),
             options=options,
             # f may use fma and fast division, but relu2 and the quantization after f may not
-            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx") if activation == "relu2" else (),
+            forbidden_ptx=FORBIDDEN_PTX if activation == "relu2" else (),
             max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
