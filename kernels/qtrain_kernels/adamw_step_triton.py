@@ -1,6 +1,6 @@
 """The Triton kernel of ``adamw_step``: one launch over many tensors, everything in registers between one read and one write.
 
-A program takes BLOCK_R blocks of one tensor, found in two tables on the device: ``programs`` (program -> tensor, first
+A program takes a few blocks of one tensor, one after the other, found in two tables on the device: ``programs`` (program -> tensor, first
 block), which depends on shapes alone, and ``tensors`` (addresses and sizes), which is sent again when an address
 changes, from pinned memory, without waiting for the device. Blocks are those of the moments' scales; float32 states are
 taken as one long row.
@@ -31,7 +31,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FIELDS = 10  # of one row of ``tensors``: six addresses, K, columns a block, blocks, blocks a row
 BLOCKS = 8  # the field that counts blocks
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-TILE = 2048  # elements a program
+TILE = 1024  # elements a program, in turns of one block
 ELEMENTS_PER_WARP = 256  # 8 a thread
 FLAT_BLOCK = 1024  # columns of a "block" of a tensor whose moments are both float32
 OPTIONS = {"enable_fp_fusion": False}  # see the module docstring
@@ -58,63 +58,48 @@ def _rounded(x, TYPE: tl.constexpr):
 
 @triton.jit
 def _load_moment(
-    state,
-    scale_ptr,
-    levels_ptr,
-    at,
-    at_byte,
-    mask,
-    byte_mask,
-    scale_mask,
-    BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """float32 [BLOCK_R, BLOCK_C]."""
+    state, scale_ptr, levels_ptr, first, first_byte, column, width, width_bytes,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_C] of one block."""
     if BITS == 32:
-        return tl.load(_pointer(state, tl.float32, ALIGNED) + at, mask=mask, other=0.0)
+        return tl.load(_pointer(state, tl.float32, ALIGNED) + first + column, mask=column < width, other=0.0)
     else:
         if BITS == 8:
-            code = tl.load(_pointer(state, tl.uint8, ALIGNED) + at, mask=mask, other=0)
+            code = tl.load(_pointer(state, tl.uint8, ALIGNED) + first + column, mask=column < width, other=0)
         else:
-            pair = tl.load(_pointer(state, tl.uint8, ALIGNED) + at_byte, mask=byte_mask, other=0)
+            byte = tl.arange(0, BLOCK_C // 2)
+            at = _pointer(state, tl.uint8, ALIGNED) + first_byte + byte
+            pair = tl.load(at, mask=byte < width_bytes, other=0)
             code = tl.interleave(pair & 15, pair >> 4)
-        scale = tl.load(scale_ptr, mask=scale_mask, other=0.0)
-        return tl.load(levels_ptr + code.to(tl.int32)) * tl.expand_dims(scale, 1)
+        return tl.load(levels_ptr + code.to(tl.int32)) * tl.load(scale_ptr)
 
 
 @triton.jit
 def _store_moment(
-    x,
-    state,
-    scale_ptr,
-    encoder_ptr,
-    top,
-    at,
-    at_byte,
-    mask,
-    byte_mask,
-    scale_mask,
-    BITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+    x, state, scale_ptr, encoder_ptr, top, first, first_byte, column, width, width_bytes,
+    BITS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    mask = column < width
     if BITS == 32:
-        tl.store(_pointer(state, tl.float32, ALIGNED) + at, x, mask=mask)
+        tl.store(_pointer(state, tl.float32, ALIGNED) + first + column, x, mask=mask)
     else:
         magnitude = tl.where(mask, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        amax = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_R]
-        scale = tl.math.div_rn(amax, tl.zeros(amax.shape, tl.float32) + top)
+        amax = tl.max(magnitude, axis=0).to(tl.float32, bitcast=True)
+        scale = tl.math.div_rn(amax, top)
         scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)  # a NaN stays
-        tl.store(scale_ptr, scale, mask=scale_mask)
-        inv = tl.expand_dims(tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 1)
-        bits = (x * inv).to(tl.int32, bitcast=True)
+        tl.store(scale_ptr, scale)
+        bits = (x * tl.math.div_rn(top - top + 1.0, scale)).to(tl.int32, bitcast=True)
         entry = tl.load(encoder_ptr + ((bits >> 16) & 0xFFFF))
         code = tl.where((bits & 0xFFFF) <= ((entry >> 16) & 0xFFFF), entry, entry >> 8) & 0xFF
         code = tl.where(mask, code, 0).to(tl.uint8)  # the half byte after an odd row is zero
         if BITS == 8:
-            tl.store(_pointer(state, tl.uint8, ALIGNED) + at, code, mask=mask)
+            tl.store(_pointer(state, tl.uint8, ALIGNED) + first + column, code, mask=mask)
         else:
-            low, high = tl.split(tl.reshape(code, [code.shape[0], code.shape[1] // 2, 2]))
-            tl.store(_pointer(state, tl.uint8, ALIGNED) + at_byte, low | (high << 4), mask=byte_mask)
+            low, high = tl.split(tl.reshape(code, [BLOCK_C // 2, 2]))
+            byte = tl.arange(0, BLOCK_C // 2)
+            at = _pointer(state, tl.uint8, ALIGNED) + first_byte + byte
+            tl.store(at, low | (high << 4), mask=byte < width_bytes)
 
 
 @triton.jit
@@ -140,99 +125,63 @@ def _adamw_step_kernel(
     V_BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     FIELDS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     program = tl.program_id(0)
     entry = tensors_ptr + tl.load(programs_ptr + 2 * program) * FIELDS
+    first_block = tl.load(programs_ptr + 2 * program + 1)
     w_ptr = _pointer(tl.load(entry), WEIGHT, ALIGNED)
     g_ptr = _pointer(tl.load(entry + 1), GRADIENT, ALIGNED)
     m_state, v_state = tl.load(entry + 2), tl.load(entry + 4)
-    K, columns, blocks, blocks_a_row = (
-        tl.load(entry + 6),
-        tl.load(entry + 7),
-        tl.load(entry + 8),
-        tl.load(entry + 9),
-    )
-    if ALIGNED:  # vector loads: every row and every block begins and ends at a multiple of 16 elements
-        K, columns = tl.multiple_of(K, 16), tl.multiple_of(columns, 16)
-    block = tl.load(programs_ptr + 2 * program + 1) + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    in_blocks = block < blocks
-    row = (block // blocks_a_row.to(tl.int32)).to(tl.int64)
-    start = (block % blocks_a_row.to(tl.int32)).to(tl.int64) * columns
-    width = tl.where(in_blocks, tl.minimum(columns, K - start), 0).to(tl.int32)  # columns of the block
-    first = row * K + start
-    width_bytes, first_byte = (width + 1) // 2, row * ((K + 1) // 2) + start // 2
-    if ALIGNED:
-        width, first = tl.multiple_of(width, 16), tl.multiple_of(first, 16)
-        width_bytes, first_byte = tl.multiple_of(width_bytes, 8), tl.multiple_of(first_byte, 8)
-    within = tl.expand_dims(tl.arange(0, BLOCK_C), 0)
-    mask = within < tl.expand_dims(width, 1)
-    at = tl.expand_dims(first, 1) + within
-    byte = tl.expand_dims(tl.arange(0, BLOCK_C // 2), 0)
-    byte_mask = byte < tl.expand_dims(width_bytes, 1)
-    at_byte = tl.expand_dims(first_byte, 1) + byte
-    m_scale_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32)) + block
-    v_scale_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.float32)) + block
-
-    w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    m = _load_moment(
-        m_state, m_scale_ptr, m_levels_ptr, at, at_byte, mask, byte_mask, in_blocks, M_BITS, ALIGNED
-    )
-    v = _load_moment(
-        v_state, v_scale_ptr, v_levels_ptr, at, at_byte, mask, byte_mask, in_blocks, V_BITS, ALIGNED
-    )
-
+    m_scale_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    v_scale_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    K, columns = tl.load(entry + 6), tl.load(entry + 7)
+    blocks, blocks_a_row = tl.load(entry + 8).to(tl.int32), tl.load(entry + 9).to(tl.int32)
+    column = tl.arange(0, BLOCK_C)
     is_small = lerp_weight < 0.5  # the two forms of torch.lerp
-    m = tl.fma(
-        tl.where(is_small, lerp_weight, lerp_weight - 1.0) + tl.zeros_like(m), g - m, tl.where(is_small, m, g)
-    )
-    v = tl.fma(one_minus_beta2 + tl.zeros_like(v), g * g, v * beta2)
-    quotient = tl.math.div_rn(m, tl.math.sqrt_rn(v) * inverse_root + eps)
-    w = tl.fma(tl.zeros_like(w) - step_size, quotient, w * decay)
+    near = tl.where(is_small, lerp_weight, lerp_weight - 1.0)
+    for block in range(first_block, tl.minimum(first_block + COUNT, blocks)):
+        row, start = (block // blocks_a_row).to(tl.int64), (block % blocks_a_row) * columns
+        first, first_byte = row * K + start, row * ((K + 1) // 2) + start // 2
+        width = tl.minimum(columns, K - start).to(tl.int32)
+        width_bytes = (width + 1) // 2
+        if ALIGNED:  # vector loads: each row and each block begins and ends at a multiple of 16 elements
+            first, width = tl.multiple_of(first, 16), tl.multiple_of(width, 16)
+            first_byte, width_bytes = tl.multiple_of(first_byte, 8), tl.multiple_of(width_bytes, 8)
+        mask = column < width
+        w = tl.load(w_ptr + first + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + first + column, mask=mask, other=0.0).to(tl.float32)
+        m = _load_moment(
+            m_state, m_scale_ptr + block, m_levels_ptr, first, first_byte, column, width, width_bytes,
+            M_BITS, ALIGNED, BLOCK_C,
+        )  # fmt: skip
+        v = _load_moment(
+            v_state, v_scale_ptr + block, v_levels_ptr, first, first_byte, column, width, width_bytes,
+            V_BITS, ALIGNED, BLOCK_C,
+        )  # fmt: skip
 
-    tl.store(w_ptr + at, _rounded(w, WEIGHT), mask=mask)
-    _store_moment(
-        m,
-        m_state,
-        m_scale_ptr,
-        m_encoder_ptr,
-        m_top,
-        at,
-        at_byte,
-        mask,
-        byte_mask,
-        in_blocks,
-        M_BITS,
-        ALIGNED,
-    )
-    _store_moment(
-        v,
-        v_state,
-        v_scale_ptr,
-        v_encoder_ptr,
-        v_top,
-        at,
-        at_byte,
-        mask,
-        byte_mask,
-        in_blocks,
-        V_BITS,
-        ALIGNED,
-    )
+        m = tl.fma(near + tl.zeros_like(m), g - m, tl.where(is_small, m, g))
+        v = tl.fma(one_minus_beta2 + tl.zeros_like(v), g * g, v * beta2)
+        quotient = tl.math.div_rn(m, tl.math.sqrt_rn(v) * inverse_root + eps)
+        w = tl.fma(tl.zeros_like(w) - step_size, quotient, w * decay)
+
+        tl.store(w_ptr + first + column, _rounded(w, WEIGHT), mask=mask)
+        _store_moment(
+            m, m_state, m_scale_ptr + block, m_encoder_ptr, m_top, first, first_byte, column, width, width_bytes,
+            M_BITS, ALIGNED, BLOCK_C,
+        )  # fmt: skip
+        _store_moment(
+            v, v_state, v_scale_ptr + block, v_encoder_ptr, v_top, first, first_byte, column, width, width_bytes,
+            V_BITS, ALIGNED, BLOCK_C,
+        )  # fmt: skip
 
 
-def tile(columns: int, aligned: bool) -> dict[str, int]:
-    """The block sizes and warps for blocks of so many columns. One block a program where loads are single: a tile of
-    several would lie across its warps, and each thread would compute the scales of all its blocks."""
+def tile(columns: int) -> dict[str, int]:
+    """Columns and number of a program's blocks and its warps, for blocks of so many columns."""
     BLOCK_C = max(16, triton.next_power_of_2(columns))
-    BLOCK_R = max(1, TILE // BLOCK_C) if aligned else 1
-    return {
-        "BLOCK_R": BLOCK_R,
-        "BLOCK_C": BLOCK_C,
-        "num_warps": max(1, BLOCK_R * BLOCK_C // ELEMENTS_PER_WARP),
-    }
+    num_warps = max(1, BLOCK_C // ELEMENTS_PER_WARP)
+    return {"COUNT": max(1, TILE // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
 
 
 def _geometry(w: Tensor, block: int, flat: bool) -> tuple[int, int, int, int]:
@@ -256,10 +205,10 @@ PLANS = 64  # kept: a few calls a step, and the addresses of a few steps' gradie
 
 
 @cache
-def _programs(blocks: tuple[int, ...], BLOCK_R: int, device: torch.device) -> Tensor:
+def _programs(blocks: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     """[programs, 2] int32: which tensor, and its first block."""
     return _sent(
-        [(i, first) for i, n in enumerate(blocks) for first in range(0, n, BLOCK_R)], torch.int32, device
+        [(i, first) for i, n in enumerate(blocks) for first in range(0, n, count)], torch.int32, device
     )
 
 
@@ -302,8 +251,8 @@ def _plan(
             groups.setdefault((triton.next_power_of_2(columns), aligned), []).append((*read, *size))
     launches, device = [], weights[0].device
     for (columns, aligned), rows in groups.items():
-        block_of = tile(columns, aligned)
-        programs = _programs(tuple(row[BLOCKS] for row in rows), block_of["BLOCK_R"], device)
+        block_of = tile(columns)
+        programs = _programs(tuple(row[BLOCKS] for row in rows), block_of["COUNT"], device)
         launches.append(_Launch(_sent(rows, torch.int64, device), programs, {"ALIGNED": aligned, **block_of}))
     return launches
 
@@ -356,7 +305,7 @@ def builds() -> list[Build]:
     def build(
         name: str, bits: int, columns: int, aligned: bool, dtype: Any = tl.bfloat16, registers: int = 128
     ) -> Build:
-        block_of = tile(columns, aligned)
+        block_of = tile(columns)
         options = {"num_warps": block_of.pop("num_warps"), **OPTIONS}
         floats = (
             "m_top",
