@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from . import curve_scores
 from .curves import Curves, curves_of
 from .instrument_records import INSTRUMENTS, Alert, read_instruments
-from .spikes import DIVERGED_NATS
+from .limits import DIVERGED_NATS
 
 _METRICS, _SUMMARY, _VERDICT, _CONFIG = "metrics.jsonl", "summary.json", "verdict.json", "config.yaml"
 _WINDOWS, _CENSUS = "window_losses.npy", "census.json"
