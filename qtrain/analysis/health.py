@@ -21,6 +21,7 @@ import numpy as np
 
 from . import curve_scores
 from .blame import Blame, failing_operand, low_operands, worst_instruments
+from .instrument_records import Alert
 from .limits import (
     CLIP_SHARE,
     DIVERGED_NATS,
@@ -216,8 +217,24 @@ def _spike_alarms(run: RunRecord, shared: frozenset[int]) -> tuple[list[_Alarm],
     return [], notes
 
 
+def _alerts(run: RunRecord) -> list[str]:
+    """A note on what the instruments cried while it trained: each name once."""
+    by_name: dict[str, list[Alert]] = {}
+    for alert in run.alerts:
+        by_name.setdefault(alert.name, []).append(alert)
+    return [
+        f"alert {name} while it trained, at step {', '.join(str(a.step) for a in found[:3])}"
+        f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}: {found[0].message}"
+        for name, found in by_name.items()
+    ]
+
+
 def _notes(run: RunRecord) -> Sequence[str]:
-    notes = worst_instruments(run)
+    notes = [*worst_instruments(run), *_alerts(run)]
+    if run.instruments_cut and run.state == "completed":
+        notes.append(
+            "instruments.jsonl ends in the middle of a row: what the instruments found later is lost"
+        )
     curves = run.curves
     late = max(int((run.config.get("schedule") or {}).get("warmup_steps") or 0), len(curves) // 5)
     clipped = curves.clipped[late:]
