@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     comparison = compare(read_all(places(folders)), baseline=BASELINE, allow=["optimizer.lr"])
     text = section(comparison, runs, options.settings)
+    print(text)
     write_text(options.out / "results.md", text + "\n")
     if options.page is not None:
         write_page(options.page, SCRIPT, text)
