@@ -31,7 +31,7 @@ def _runs(config: dict[str, Any]) -> list[str]:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises ValueError for runs that are not there, gates that cannot be, and a page without plotly."""
+    """Raises ValueError for runs that are not there, gates that cannot be, a page without plotly, and a report without a server."""
     from qtrain.analysis.comparison_page import check_page
     from qtrain.analysis.gates import Gates
     from qtrain.analysis.run_sources import places
@@ -43,6 +43,11 @@ def check(cfg: DictConfig) -> None:
     places(_runs(config))
     if config["html"]:
         check_page()
+    if config["wandb_report"]:
+        from qtrain.analysis.comparison_wandb import check_report
+        from qtrain.training.wandb_logger import resolved_mode
+
+        check_report(logs=config["wandb"], mode=resolved_mode(config["wandb_mode"]))
 
 
 def _command(config: dict[str, Any]) -> str:
@@ -104,17 +109,16 @@ def _write(comparison: Any, failed: Sequence[str], config: dict[str, Any], out: 
         comparison_page.save(comparison, failed, _command(config), png, out / PAGE)
 
 
-def _log(comparison: Any, config: dict[str, Any], out: Path) -> str:
-    from qtrain.analysis.comparison_table import COLUMNS, table_rows
-    from qtrain.analysis.wandb_runs import log_table
+def _log(comparison: Any, config: dict[str, Any], out: Path) -> list[str]:
+    from qtrain.analysis import comparison_wandb
     from qtrain.training.wandb_logger import resolved_mode
 
-    return log_table(
-        "comparison",
-        COLUMNS,
-        table_rows(comparison),
+    return comparison_wandb.log(
+        comparison,
+        _command(config),
         out / PAGE if config["html"] else None,
         mode=resolved_mode(config["wandb_mode"]),
+        report=config["wandb_report"],
         project=config["wandb_project"],
         entity=config["wandb_entity"],
         dir=str(out),
@@ -144,5 +148,5 @@ def run(cfg: DictConfig) -> int:
     written = [NUMBERS, *PICTURES, *([PAGE] if config["html"] else [])]
     print(f"files: {', '.join(str(out / name) for name in written)}")
     if config["wandb"]:
-        print(f"W&B: {_log(comparison, config, out)}")
+        print(f"W&B: {', '.join(_log(comparison, config, out))}")
     return 1 if failed else 0
