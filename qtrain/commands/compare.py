@@ -22,6 +22,7 @@ from .train import plain
 
 CONFIG = "compare"
 POSITIONAL = "runs"
+_WIDE = 170  # columns of a terminal that all columns of the table need
 NUMBERS, PAGE, PICTURES = "comparison.json", "comparison.html", ("comparison.png", "comparison.pdf")
 
 
@@ -67,17 +68,25 @@ def _print(comparison: Any, failed: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from qtrain.analysis.comparison_table import COLUMNS, headline, notes, table_rows, verdict_lines
+    from qtrain.analysis.comparison_table import (
+        COLUMNS,
+        FEW_COLUMNS,
+        headline,
+        notes,
+        table_rows,
+        verdict_lines,
+    )
 
     console = Console()
     rows = table_rows(comparison)
     # A table of twelve columns is read on its side where there are few arms: a column an arm
     table = Table(title=headline(comparison), title_justify="left", show_header=len(rows) > 5)
     if len(rows) > 5:
-        for column in COLUMNS:
+        shown = COLUMNS if console.width >= _WIDE else FEW_COLUMNS
+        for column in shown:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(cell) for column, cell in zip(COLUMNS, row, strict=True) if column in shown))
     else:
         table.add_column(style="bold")
         for _ in rows:
@@ -85,6 +94,9 @@ def _print(comparison: Any, failed: Sequence[str]) -> None:
         for values in zip(COLUMNS, *rows, strict=True):
             table.add_row(*map(Text, values))
     console.print(table)
+    if len(rows) > 5 and console.width < _WIDE:
+        left = ", ".join(column for column in COLUMNS if column not in FEW_COLUMNS)
+        console.print(Text(f"{left}: on the page, in {NUMBERS}, and in a terminal of {_WIDE} columns"))
     for label, health in verdict_lines(comparison):
         console.print(Text(f"{label}: {health.sentence}"))
     for note in notes(comparison):
