@@ -1,7 +1,6 @@
 """``qtrain bench instruments run=FOLDER``: what the instruments cost in a run that was made, from its own times.
 
-    extra = median over samples of (time of the sampled step - median time of the plain steps next to it)
-    share = extra / (100 * median time of a plain step)
+    share = median over samples of (time of the sampled step - t) / (100 t),  t = median time of the plain steps next to it
 
 of sampling every hundredth step, with every instrument that the run had. Times are those of whole steps, data, optimizer and
 writing included; the first steps, which compile, are left out. Plain and sampled steps lie in turns in one run, and each
@@ -60,26 +59,26 @@ def overhead(seconds: Mapping[int, float], sampled: Sequence[int]) -> dict[str, 
     Raises ValueError for fewer than LEAST_SAMPLES samples with a plain step next to them after WARMUP_STEPS."""
     looked = set(sampled)
     plain = {step: t for step, t in seconds.items() if step > WARMUP_STEPS and step not in looked}
-    extra = []
+    extra, ratios = [], []
     for step in sorted(looked & seconds.keys()):
         near = [plain[s] for s in range(step - NEIGHBOURS, step + NEIGHBOURS + 1) if s in plain]
         if step > WARMUP_STEPS and near:
-            extra.append(seconds[step] - statistics.median(near))
+            beside = statistics.median(near)
+            extra.append(seconds[step] - beside)
+            ratios.append(extra[-1] / beside)
     if len(extra) < LEAST_SAMPLES:
         raise ValueError(
             f"{len(extra)} sampled steps with plain ones next to them after the first {WARMUP_STEPS}: at least "
             f"{LEAST_SAMPLES} are needed; sample another rhythm, or train longer"
         )
-    base = statistics.median(plain.values())
-    ends = median_interval(extra)
     return {
-        "plain_s": base,
+        "plain_s": statistics.median(plain.values()),
         "extra_s": statistics.median(extra),
-        "extra_interval_s": ends,
+        "extra_interval_s": median_interval(extra),
         "samples": len(extra),
         "steps": len(plain) + len(extra),
-        "share_at_100_steps": statistics.median(extra) / (EVERY_STEPS * base),
-        "share_interval": tuple(end / (EVERY_STEPS * base) for end in ends),
+        "share_at_100_steps": statistics.median(ratios) / EVERY_STEPS,
+        "share_interval": tuple(end / EVERY_STEPS for end in median_interval(ratios)),
     }
 
 

@@ -31,6 +31,7 @@ def test_a_machine_that_slows_down_changes_nothing() -> None:
     assert found["extra_interval_s"] == (1.0, 5.0)
     assert found["plain_s"] in (1.0, 3.0, 5.0)
     assert found["extra_s"] == 3.0  # four samples of one second more, four of five
+    assert (found["share_at_100_steps"], found["share_interval"]) == (0.01, (0.01, 0.01))
 
 
 def test_the_interval_of_a_median() -> None:
