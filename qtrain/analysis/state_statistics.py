@@ -32,8 +32,8 @@ def state_counts(
     beta2: float,
 ) -> tuple[list[float], float]:
     """(numbers of elements: as COUNTS names them, and all; the least stored second moment) of one parameter or of
-    the rows of it that are here. before, after: what the optimizer holds of it; before the first step nothing, which stands for zeros. grad: of the step between, as the
-    optimizer got it. A count is nan where the moment is not quantized, and counts of several shards add up."""
+    the rows of it that are here. before, after: what the optimizer holds of it; before the first step nothing, which
+    stands for zeros. grad: of the step between, as the optimizer got it. A count is nan where the moment is not quantized, and counts of several shards add up."""
     m, v = layouts
     g = grad.to(torch.float32).reshape(v.shape)
     stored = v.read(after)

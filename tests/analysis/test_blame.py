@@ -95,6 +95,12 @@ def test_a_fall_counts_from_the_median_before_and_from_half_a_bit_on() -> None:
     assert blamed(record({OUT: [math.inf] * 3})) is None
 
 
+def test_an_operand_that_recovered_is_not_below_its_limit() -> None:
+    run = record({OUT: [20.0, 2.0, 20.0], UP: [30.0, 29.0, 20.0]})
+    assert blamed(run) == ("b.up fprop.weight", 300)
+    assert blamed(run, 250) == ("b.o fprop.input", 200)
+
+
 def test_samples_that_are_nan_are_passed_over() -> None:
     assert blamed(record({OUT: [20.0, 2.0, math.nan]})) == ("b.o fprop.input", 200)
     assert blamed(record({OUT: [math.nan] * 3})) is None
