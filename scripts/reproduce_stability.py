@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (code := study_command.ended(runs, options)) is not None:
         return code
     check_alike(runs)
-    folders, compared = [str(options.out / arm.name) for arm in ARMS], options.out / "comparison"
+    folders, compared = [str(run.folder) for run in runs], options.out / "comparison"
     words = [f"runs=[{','.join(folders)}]", f"baseline={BASELINE}", "allow=[optimizer.lr]"]
     if code := cli.main(["compare", *words, f"out={compared}"]):
         return code
