@@ -93,7 +93,7 @@ def log(
     run.log(charts(comparison))
     if page is not None:
         run.log({"page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-    lies, project, entity = run.url or run.dir, run.project, run.entity
+    lies, project, entity = run.url if mode == "online" else run.dir, run.project, run.entity
     run.finish()
     return [str(lies), *([_save_report(comparison, command, project, entity)] if report else [])]
 
