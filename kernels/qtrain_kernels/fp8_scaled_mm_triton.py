@@ -1,7 +1,7 @@
 """fp8_scaled_mm on a GPU: the kernels of ``scaled_mm_triton`` with float32 sums, or ``torch._scaled_mm``.
 
 Config("library") is torch's: cuBLAS with one scale a side, CUTLASS with scales of rows, ``use_fast_accum=False`` for
-both. It takes dimensions in multiples of 16, no bias, and for scales of rows bfloat16 outputs; ``library_takes`` says
+both. It takes N and K in multiples of 16, no bias, and for scales of rows e4m3fn codes and bfloat16 outputs; ``library_takes`` says
 so. A config that cannot run raises; none is replaced by another.
 """
 
@@ -71,7 +71,8 @@ def library_takes(
     """Whether ``torch._scaled_mm`` computes this op on these arguments."""
     of_tensors = all(v is None or v.shape[0] == 1 for v in (a_scale, b_scale))
     multiples = a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0
-    return a.is_cuda and bias is None and multiples and (of_tensors or out_dtype == torch.bfloat16)
+    of_rows = out_dtype == torch.bfloat16 and a.dtype == b.dtype == declaration.E4M3
+    return a.is_cuda and bias is None and multiples and (of_tensors or of_rows)
 
 
 def _library(
