@@ -5,19 +5,19 @@ fits L2, is read twice: 2 + 2 bytes an element of bfloat16, and 1 + 1 written. R
 one-read kernel of ``quantize_rows`` runs.
 
     maxima    tiles [BLOCK_R, BLOCK_C]; an atomic maximum a row and a column of each. On the bits of |x| (see
-              ``quantize_rows_triton``) its result does not depend on the order, and a NaN propagates.
+              ``rounding_triton``) its result does not depend on the order, and a NaN propagates.
     scales    scale and 1 / scale (0 where not finite), which every tile would divide out again.
     codes     tiles from last to first: what the first kernel read last is still in L2. A tile is read as four that
               interleave, rows 4 g + k for k = 0 ... 3, so that a thread owns four neighbours of a column and packs their
               codes into one word; [BLOCK_R / 4, BLOCK_C] words are then transposed, through shared memory, where bytes
               would take four times the accesses. Both stores are coalesced.
 
-Bit-equality: the rounding is that of ``quantize_rows_triton``.
+``quantize_fp8_rows_columns`` runs the same kernels with other codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,16 @@ from qtrain_kernels import quantize_rows_columns as declaration
 from qtrain_kernels import quantize_rows_triton
 from qtrain_kernels.aot import Build
 from qtrain_kernels.counter_hash_triton import key, row_keys
-from qtrain_kernels.quantize_rows_triton import MIN_SCALE, OPTIONS, codes, magnitude_bits, scale_and_inverse
+from qtrain_kernels.rounding_triton import (
+    FORBIDDEN_PTX,
+    INT8,
+    MIN_SCALE,
+    OPTIONS,
+    codes,
+    inverse_of,
+    magnitude_bits,
+    scale_of,
+)
 
 # A copy has no scale at all, one a row (column), or one for the tensor.
 NONE, EACH, TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -100,11 +109,11 @@ def _maxima_kernel(
 
 
 @triton.jit
-def _scales_of(amax_ptr, inverse_ptr, scale_ptr, index, size, qmax, KIND: tl.constexpr):
+def _scales_of(amax_ptr, inverse_ptr, scale_ptr, index, size, qmax, KIND: tl.constexpr, FORMAT: tl.constexpr):
     amax = tl.load(amax_ptr + (index * 0 if KIND == TENSOR else index), mask=index < size, other=0)
-    scale, inverse, finite = scale_and_inverse(amax, qmax)
+    scale = scale_of(amax, qmax, FORMAT)
     tl.store(scale_ptr + index, scale, mask=index < size)
-    tl.store(inverse_ptr + index, tl.where(finite != 0, inverse, 0.0), mask=index < size)
+    tl.store(inverse_ptr + index, inverse_of(scale), mask=index < size)
 
 
 @triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
@@ -121,20 +130,31 @@ def _scales_kernel(
     column_qmax,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROW_FORMAT: tl.constexpr,
+    COLUMN_FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if ROWS != NONE:
-        _scales_of(row_amax_ptr, row_inverse_ptr, row_scale_ptr, index, R, row_qmax, ROWS)
+        _scales_of(row_amax_ptr, row_inverse_ptr, row_scale_ptr, index, R, row_qmax, ROWS, ROW_FORMAT)
     if COLUMNS != NONE:
-        _scales_of(column_amax_ptr, column_inverse_ptr, column_scale_ptr, index, C, column_qmax, COLUMNS)
+        _scales_of(
+            column_amax_ptr,
+            column_inverse_ptr,
+            column_scale_ptr,
+            index,
+            C,
+            column_qmax,
+            COLUMNS,
+            COLUMN_FORMAT,
+        )
 
 
 @triton.jit
 def _quantize_tile(
     x, row, column, start_r, start_c, in_rows, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
     row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_STOCHASTIC: tl.constexpr, COLUMNS_STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_FORMAT: tl.constexpr, COLUMN_FORMAT: tl.constexpr, ROWS_STOCHASTIC: tl.constexpr, COLUMNS_STOCHASTIC: tl.constexpr,
     ROWS_FOLDED: tl.constexpr, COLUMNS_FOLDED: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One of the four tiles [G, BLOCK_C]: stores its codes along rows and returns those along columns, int32 in 0 ... 255;
@@ -147,15 +167,15 @@ def _quantize_tile(
         if ROWS_FOLDED:
             y = x * tl.load(row_fold_ptr + column, mask=in_columns, other=0.0)
         r0, r1 = row_keys(name_r, row_k0, row_k1)
-        finite = -(row_inverse > 0.0).to(tl.int32)
-        code = codes(y, row_inverse, finite, name_c, r0, r1, row_qmax, ROWS_STOCHASTIC).to(tl.int8)
+        code = codes(y, row_inverse, name_c, r0, r1, row_qmax, ROW_FORMAT, ROWS_STOCHASTIC)
+        code = tl.where(row_inverse > 0.0, code, 0).to(tl.int8)
         tl.store(row_codes_ptr + (row.to(INDEX) * C + column), code, mask=in_rows & in_columns)
     if COLUMNS == NONE:
         return tl.zeros_like(x).to(tl.int32)
     if COLUMNS_FOLDED:
         x = x * tl.load(column_fold_ptr + row, mask=in_rows, other=0.0)
     r0, r1 = row_keys(name_r, column_k0, column_k1)
-    return codes(x, inverse, -1, name_c, r0, r1, column_qmax, COLUMNS_STOCHASTIC) & 0xFF
+    return codes(x, inverse, name_c, r0, r1, column_qmax, COLUMN_FORMAT, COLUMNS_STOCHASTIC) & 0xFF
 
 
 @triton.jit(do_not_specialize=["row_qmax", "column_qmax", "row_stream", "column_stream"])
@@ -181,6 +201,8 @@ def _codes_kernel(
     column_stream,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROW_FORMAT: tl.constexpr,
+    COLUMN_FORMAT: tl.constexpr,
     ROWS_STOCHASTIC: tl.constexpr,
     COLUMNS_STOCHASTIC: tl.constexpr,
     ROWS_FOLDED: tl.constexpr,
@@ -227,26 +249,26 @@ def _codes_kernel(
     word = _quantize_tile(
         x0, row0, column, start_r, start_c, in0, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
         row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
-        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+        ROWS, COLUMNS, ROW_FORMAT, COLUMN_FORMAT, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
     )  # fmt: skip
     byte1 = _quantize_tile(
         x1, row1, column, start_r, start_c, in1, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
         row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
-        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+        ROWS, COLUMNS, ROW_FORMAT, COLUMN_FORMAT, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
     )  # fmt: skip
     byte2 = _quantize_tile(
         x2, row2, column, start_r, start_c, in2, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
         row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
-        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+        ROWS, COLUMNS, ROW_FORMAT, COLUMN_FORMAT, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
     )  # fmt: skip
     byte3 = _quantize_tile(
         x3, row3, column, start_r, start_c, in3, in_columns, row_inverse_ptr, inverse, row_fold_ptr, column_fold_ptr,
         row_codes_ptr, C, row_qmax, column_qmax, row_k0, row_k1, column_k0, column_k1, row_offset,
-        ROWS, COLUMNS, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
+        ROWS, COLUMNS, ROW_FORMAT, COLUMN_FORMAT, ROWS_STOCHASTIC, COLUMNS_STOCHASTIC, ROWS_FOLDED, COLUMNS_FOLDED, INDEX,
     )  # fmt: skip
     if COLUMNS != NONE:
         word |= (byte1 << 8) | (byte2 << 16) | (byte3 << 24)
-        word = tl.trans(word & -(inverse > 0.0).to(tl.int32))  # [BLOCK_C, G]
+        word = tl.trans(tl.where(inverse > 0.0, word, 0))  # [BLOCK_C, G]
         c = tl.expand_dims(tl.arange(0, BLOCK_C), 1)
         g = tl.expand_dims(tl.arange(0, G), 0)
         if WORDS:
@@ -261,38 +283,68 @@ def _codes_kernel(
                 tl.store(codes_ptr + (c.to(INDEX) * column_stride + (4 * g + k)), byte, mask=mask)
 
 
+class Side(NamedTuple):
+    """One copy. ``qmax``: the largest code's value, 0 for no copy. ``number_format``: INT8, E4M3, E5M2 of ``rounding_triton``.
+    ``fold``: [C] for rows, [R] for columns, float32, or None."""
+
+    qmax: int
+    number_format: int
+    stochastic: bool
+    per_tensor: bool
+    stream: int
+    fold: Tensor | None
+
+    @property
+    def kind(self) -> int:
+        return NONE.value if not self.qmax else TENSOR.value if self.per_tensor else EACH.value
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def launch(
     x: Tensor,
     row_qmax: int, row_stochastic: bool, row_per_tensor: bool, row_stream: int, row_fold: Tensor | None,
     column_qmax: int, column_stochastic: bool, column_per_tensor: bool, column_stream: int, column_fold: Tensor | None,
     seed: Tensor, step: Tensor, row_offset: Tensor,
     maxima_tile: dict[str, int] = MAXIMA_TILE, codes_tile: dict[str, int] = CODES_TILE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Outputs:  # fmt: skip
     """As ``reference``, on the device of x; nothing synchronizes. The tiles change the speed alone."""
     arguments = (
         x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
     declaration.check(*arguments)
-    R, C = x.shape
-    row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
     outputs = declaration._fake(*arguments)
-    row_codes, row_scale, column_codes, column_scale = outputs
+    rows = Side(row_qmax, INT8.value, row_stochastic, row_per_tensor, row_stream, row_fold)
+    columns = Side(column_qmax, INT8.value, column_stochastic, column_per_tensor, column_stream, column_fold)
+    quantize(x, rows, columns, (seed, step, row_offset), outputs, maxima_tile, codes_tile)
+    return outputs
+
+
+def quantize(
+    x: Tensor, rows: Side, columns: Side, counters: tuple[Tensor, Tensor, Tensor], outputs: Outputs,
+    maxima_tile: dict[str, int] = MAXIMA_TILE, codes_tile: dict[str, int] = CODES_TILE,
+) -> None:  # fmt: skip
+    """Write both copies into ``outputs``, whose codes are of any dtype of one byte. The arguments are not checked."""
+    row_codes, row_scale, column_codes, column_scale = (
+        t.view(torch.int8) if t.element_size() == 1 else t for t in outputs
+    )
+    R, C = x.shape
+    row_fold, column_fold = (None if f is None else f.contiguous() for f in (rows.fold, columns.fold))
     if not R or not C:
         row_scale.fill_(MIN_SCALE.value)
         column_scale.fill_(MIN_SCALE.value)
-        return outputs
-    if not column_qmax and not row_per_tensor:
-        if row_qmax:
-            outputs = (
-                *quantize_rows_triton.folded(x, row_fold, row_qmax, row_stochastic, seed, step, row_stream, row_offset),
-                column_codes, column_scale,
+        return
+    if not columns.kind and rows.kind != TENSOR.value:
+        if rows.kind:
+            quantize_rows_triton.quantize(
+                x, row_fold, row_codes, row_scale, rows.qmax, rows.number_format, rows.stochastic,
+                *counters[:2], rows.stream, counters[2],
             )  # fmt: skip
-        return outputs
-    sides = {
-        "ROWS": _kind(row_qmax, row_per_tensor),
-        "COLUMNS": _kind(column_qmax, column_per_tensor),
-    }
+        return
+    sides = {"ROWS": rows.kind, "COLUMNS": columns.kind}
+    formats = {"ROW_FORMAT": rows.number_format, "COLUMN_FORMAT": columns.number_format}
     folded = {"ROWS_FOLDED": row_fold is not None, "COLUMNS_FOLDED": column_fold is not None}
     amax = torch.zeros(R + C, dtype=torch.int32, device=x.device)
     inverse = torch.empty(R + C, dtype=torch.float32, device=x.device)
@@ -303,19 +355,18 @@ def launch(
         **OPTIONS,
     )  # fmt: skip
     _scales_kernel[(triton.cdiv(max(R, C), SCALES_BLOCK),)](
-        amax[:R], amax[R:], inverse[:R], inverse[R:], row_scale, column_scale, R, C, row_qmax, column_qmax,
-        **sides, BLOCK=SCALES_BLOCK, **OPTIONS,
+        amax[:R], amax[R:], inverse[:R], inverse[R:], row_scale, column_scale, R, C, rows.qmax, columns.qmax,
+        **sides, **formats, BLOCK=SCALES_BLOCK, **OPTIONS,
     )  # fmt: skip
     words = R % 4 == 0
     _codes_kernel[_grid(R, C, codes_tile)](
         x, row_fold, column_fold, inverse[:R], inverse[R:], row_codes,
-        column_codes.view(torch.int32) if words else column_codes, seed, step, row_offset,
-        *shape, R // 4 if words else R, row_qmax, column_qmax, row_stream, column_stream,
-        ROWS_STOCHASTIC=row_stochastic, COLUMNS_STOCHASTIC=column_stochastic, WORDS=words,
+        column_codes.view(torch.int32) if words else column_codes, *counters,
+        *shape, R // 4 if words else R, rows.qmax, columns.qmax, rows.stream, columns.stream,
+        ROWS_STOCHASTIC=rows.stochastic, COLUMNS_STOCHASTIC=columns.stochastic, WORDS=words,
         WHOLE=R % codes_tile["BLOCK_R"] == 0 and C % codes_tile["BLOCK_C"] == 0,
-        **sides, **folded, INDEX=codes_index, **codes_tile, **OPTIONS,
+        **sides, **formats, **folded, INDEX=codes_index, **codes_tile, **OPTIONS,
     )  # fmt: skip
-    return outputs
 
 
 def _index(x: Tensor, tile: dict[str, int]) -> Any:
@@ -328,58 +379,49 @@ def _index(x: Tensor, tile: dict[str, int]) -> Any:
     return tl.int32 if extent < 2**31 else tl.int64
 
 
-def _kind(qmax: int, per_tensor: bool) -> int:
-    return NONE.value if not qmax else TENSOR.value if per_tensor else EACH.value
-
-
 def _grid(R: int, C: int, tile: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(R, tile["BLOCK_R"]) * triton.cdiv(C, tile["BLOCK_C"]),)
 
 
-def builds() -> list[Build]:
-    """The kernels as training launches them, and with any strides."""
-    types = {"x_ptr": "*bf16", "row_codes_ptr": "*i8"}
-    for name in ("fold", "inverse", "scale"):
-        types |= {f"row_{name}_ptr": "*fp32", f"column_{name}_ptr": "*fp32"}
+def build(
+    name: str, kernel: Any, tile: dict[str, int], contiguous: bool = True, folded: bool = False, **constants: Any
+) -> Build:  # fmt: skip
+    """A specialisation: bfloat16 x, both copies nearest to int8 unless ``constants`` say otherwise."""
+    types = {"x_ptr": "*bf16", "row_codes_ptr": "*i8", "column_codes_ptr": "*i32" if contiguous else "*i8"}
+    for pointer in ("fold", "inverse", "scale"):
+        types |= {f"row_{pointer}_ptr": "*fp32", f"column_{pointer}_ptr": "*fp32"}
     types |= {"row_amax_ptr": "*i32", "column_amax_ptr": "*i32"}
     types |= dict.fromkeys(("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64")
     sizes = ("R", "C", "stride_xr", "stride_xc", "column_stride")
     types |= dict.fromkeys((*sizes, "row_qmax", "column_qmax", "row_stream", "column_stream"), "i32")
     aligned = ("x_ptr", "row_codes_ptr", "column_codes_ptr", "R", "C", "stride_xr", "column_stride")
+    both = {"ROWS": 1, "COLUMNS": 1, "ROW_FORMAT": INT8.value, "COLUMN_FORMAT": INT8.value}
+    both |= {"ROWS_STOCHASTIC": False, "COLUMNS_STOCHASTIC": False}
+    both |= {"ROWS_FOLDED": folded, "COLUMNS_FOLDED": folded, "WORDS": contiguous, "WHOLE": contiguous}
+    constants = {**both, "INDEX": tl.int32 if contiguous else tl.int64, **tile, **constants}
+    constants |= {} if folded else {"row_fold_ptr": None, "column_fold_ptr": None}
+    constants |= {"stride_xc": 1} if contiguous else {}
+    return Build(
+        name,
+        kernel,
+        types,
+        {n: v for n, v in constants.items() if n in kernel.arg_names},
+        divisible_by_16=tuple(n for n in aligned if contiguous and n in kernel.arg_names),
+        options={"num_warps": tile["num_warps"], **OPTIONS},
+        forbidden_ptx=FORBIDDEN_PTX,
+        max_registers=128 if contiguous else 254,  # 64-bit addresses element by element
+    )
 
-    def build(
-        name: str, kernel: Any, tile: dict[str, int], contiguous: bool = True, folded: bool = False, **constants: Any
-    ) -> Build:  # fmt: skip
-        options = {"num_warps": tile["num_warps"], **OPTIONS}
-        constants = {"ROWS": 1, "COLUMNS": 1, "ROWS_FOLDED": folded, "COLUMNS_FOLDED": folded, **constants}
-        constants |= {
-            "WORDS": contiguous,
-            "WHOLE": contiguous,
-            "INDEX": tl.int32 if contiguous else tl.int64,
-            **tile,
-        }
-        constants |= {} if folded else {"row_fold_ptr": None, "column_fold_ptr": None}
-        constants |= {"stride_xc": 1} if contiguous else {}
-        return Build(
-            name,
-            kernel,
-            {**types, "column_codes_ptr": "*i32" if contiguous else "*i8"},
-            {n: v for n, v in constants.items() if n in kernel.arg_names},
-            divisible_by_16=tuple(n for n in aligned if contiguous and n in kernel.arg_names),
-            options=options,
-            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
-            max_registers=128 if contiguous else 254,  # 64-bit addresses element by element
-        )
 
-    def stochastic(rows: bool, columns: bool) -> dict[str, bool]:
-        return {"ROWS_STOCHASTIC": rows, "COLUMNS_STOCHASTIC": columns}
-
+def builds() -> list[Build]:
+    """The kernels as training launches them, and with any strides."""
+    stochastic = {"ROWS_STOCHASTIC": True, "COLUMNS_STOCHASTIC": True}
     return [
         build("maxima", _maxima_kernel, MAXIMA_TILE),
         build("maxima, folds, any strides", _maxima_kernel, MAXIMA_TILE, contiguous=False, folded=True),
         build("scales", _scales_kernel, {"num_warps": 4, "BLOCK": SCALES_BLOCK}),
-        build("codes, nearest", _codes_kernel, CODES_TILE, **stochastic(False, False)),
-        build("codes, stochastic, folds", _codes_kernel, CODES_TILE, folded=True, **stochastic(True, True)),
-        build("codes, columns", _codes_kernel, CODES_TILE, ROWS=0, **stochastic(False, False)),
-        build("codes, any strides", _codes_kernel, CODES_TILE, False, **stochastic(True, True)),
+        build("codes, nearest", _codes_kernel, CODES_TILE),
+        build("codes, stochastic, folds", _codes_kernel, CODES_TILE, folded=True, **stochastic),
+        build("codes, columns", _codes_kernel, CODES_TILE, ROWS=0),
+        build("codes, any strides", _codes_kernel, CODES_TILE, contiguous=False, **stochastic),
     ]
