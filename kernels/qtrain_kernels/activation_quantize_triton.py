@@ -4,8 +4,9 @@ Rows alone: one program takes BLOCK_R whole rows, as in ``quantize_rows_triton``
 and the codes, and beyond ONE_PASS_COLUMNS h is read and f computed twice.
 
 With columns: the scale of a column needs all rows, so that two kernels run over tiles. The first takes the maxima of |y|
-along both axes (as int32 bits, whose maximum depends on no order: atomics are deterministic), the second computes y
-again, quantizes along both axes and writes the tile and its transpose. h is read twice, y never stored.
+along both axes (as int32 bits, whose maximum depends on no order: atomics are deterministic); ``quantize_rows_columns``' own
+makes the scales of them; the last computes y again, quantizes along both axes and writes the tile and its transpose. h is
+read twice, y never stored.
 
 f is computed in float32, in about 15 instructions: more would weigh against the memory (a GPU of 4 TB/s has some 20
 instructions for an element of 3 bytes). silu and gelu_tanh are h * sigmoid, since (1 + tanh z) / 2 = sigmoid(2 z). Where
@@ -26,7 +27,17 @@ from qtrain_kernels.aot import Build
 from qtrain_kernels.cast_triton import exp2, reciprocal, rounded
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.quantize_rows import MIN_SCALE
-from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
+from qtrain_kernels.quantize_rows_columns_triton import EACH, NONE, SCALES_BLOCK, _scales_kernel
+from qtrain_kernels.quantize_rows_triton import tile
+from qtrain_kernels.rounding_triton import (
+    FORBIDDEN_PTX,
+    INT8,
+    OPTIONS,
+    codes,
+    inverse_of,
+    magnitude_bits,
+    scale_of,
+)
 
 ONE_PASS_COLUMNS = 16384  # y in the registers of 16 warps
 TILE = 64  # rows and columns of a tile: both copies are written in runs of 64 bytes
@@ -118,24 +129,24 @@ def _activation_rows_kernel(
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
             magnitude = tl.maximum(magnitude, magnitude_bits(y))
-    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
+    scale = scale_of(tl.max(magnitude, axis=1), qmax, INT8)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
-
+    inverse = tl.expand_dims(inverse_of(scale), 1)
+    finite = inverse > 0.0
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
         r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        code = tl.where(finite, codes(y, inverse, block, r0, r1, qmax, INT8, STOCHASTIC), 0)
         tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             y = _load_y(h_row + column * stride_hc, up_row + column * stride_uc, mask, ACTIVATION, GATED)
-            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            code = tl.where(finite, codes(y, inverse, column, r0, r1, qmax, INT8, STOCHASTIC), 0)
             tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
@@ -183,12 +194,10 @@ def _activation_maxima_kernel(
 def _activation_both_kernel(
     h_ptr,
     up_ptr,
-    row_amax_ptr,
-    column_amax_ptr,
+    row_inverse_ptr,
+    column_inverse_ptr,
     row_codes_ptr,
-    row_scale_ptr,
     column_codes_ptr,
-    column_scale_ptr,
     seed_ptr,
     step_ptr,
     row_offset_ptr,
@@ -209,7 +218,7 @@ def _activation_both_kernel(
     COLUMN_STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One tile of both copies; the first tile of a row or a column writes its scale."""
+    """One tile of both copies; an inverse is 0 where the scale is not finite."""
     along = tl.cdiv(C, BLOCK)
     row_tile, column_tile = tl.program_id(0) // along, tl.program_id(0) % along
     row_index = row_tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -225,26 +234,20 @@ def _activation_both_kernel(
         seed, step, offset = tl.load(seed_ptr), tl.load(step_ptr), tl.load(row_offset_ptr)
     r0, r1 = 0, 0
     if ROWS:
-        amax = tl.load(row_amax_ptr + row_index, mask=row_index < R, other=0)
-        scale, inverse, finite = scale_and_inverse(amax, row_qmax)
-        if column_tile == 0:
-            tl.store(row_scale_ptr + row_index, scale, mask=row_index < R)
+        inverse = tl.load(row_inverse_ptr + row, mask=row < R, other=0.0)
         if ROW_STOCHASTIC:
             k0, k1 = key(seed, step, row_stream)
             r0, r1 = row_keys(row + offset, k0, k1)
-        inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
-        code = codes(y, inverse, finite, column, r0, r1, row_qmax, ROW_STOCHASTIC)
+        code = codes(y, inverse, column, r0, r1, row_qmax, INT8, ROW_STOCHASTIC)
+        code = tl.where(inverse > 0.0, code, 0)
         tl.store(row_codes_ptr + row * C + column, code.to(tl.int8), mask=mask)
 
-    amax = tl.load(column_amax_ptr + column_index, mask=column_index < C, other=0)
-    scale, inverse, finite = scale_and_inverse(amax, column_qmax)
-    if row_tile == 0:
-        tl.store(column_scale_ptr + column_index, scale, mask=column_index < C)
+    inverse = tl.load(column_inverse_ptr + column, mask=column < C, other=0.0)
     if COLUMN_STOCHASTIC:
         k0, k1 = key(seed, step, column_stream)
         r0, r1 = row_keys(row + offset, k0, k1)
-    inverse, finite = tl.expand_dims(inverse, 0), tl.expand_dims(finite, 0)
-    code = codes(y, inverse, finite, column, r0, r1, column_qmax, COLUMN_STOCHASTIC)
+    code = codes(y, inverse, column, r0, r1, column_qmax, INT8, COLUMN_STOCHASTIC)
+    code = tl.where(inverse > 0.0, code, 0)
     transposed = tl.expand_dims(column_index, 1) * R + tl.expand_dims(row_index, 0)
     mask = (tl.expand_dims(column_index, 1) < C) & (tl.expand_dims(row_index, 0) < R)
     tl.store(column_codes_ptr + transposed, tl.trans(code.to(tl.int8)), mask=mask)
@@ -256,7 +259,7 @@ def launch(
     column_qmax: int, column_stochastic: bool, column_stream: int,
     seed: Tensor, step: Tensor, row_offset: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``activation_quantize.reference`` by one kernel, or by two with columns; nothing synchronizes."""
+    """``activation_quantize.reference`` by one kernel, or by three with columns; nothing synchronizes."""
     arguments = (
         h, up, activation, row_qmax, row_stochastic, row_stream, column_qmax, column_stochastic, column_stream,
         seed, step, row_offset,
@@ -270,16 +273,21 @@ def launch(
     strides = (*h.stride(), *gate.stride())
     what = {"ACTIVATION": activation, "GATED": up is not None}
     if column_qmax:
-        row_amax, column_amax = torch.zeros(R + C, dtype=torch.int32, device=h.device).split((R, C))
-        what |= {"ROWS": row_qmax > 0}
+        sides = {"ROWS": EACH.value if row_qmax else NONE.value, "COLUMNS": EACH.value}
+        amax = torch.zeros(R + C, dtype=torch.int32, device=h.device).split((R, C))
+        inverse = torch.empty(R + C, dtype=torch.float32, device=h.device).split((R, C))
         strips = triton.cdiv(R, MAXIMA_TILE["STEPS"] * MAXIMA_TILE["BLOCK_R"])
         _activation_maxima_kernel[(strips * triton.cdiv(C, MAXIMA_TILE["BLOCK_C"]),)](
-            h, gate, row_amax, column_amax, R, C, *strides, **what, **MAXIMA_TILE, **OPTIONS
+            h, gate, *amax, R, C, *strides, ROWS=row_qmax > 0, **what, **MAXIMA_TILE, **OPTIONS
         )
+        _scales_kernel[(triton.cdiv(max(R, C), SCALES_BLOCK),)](
+            *amax, *inverse, *outputs[1::2], R, C, row_qmax, column_qmax,
+            ROW_FORMAT=INT8.value, COLUMN_FORMAT=INT8.value, BLOCK=SCALES_BLOCK, **sides, **OPTIONS,
+        )  # fmt: skip
         _activation_both_kernel[(triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)](
-            h, gate, row_amax, column_amax, *outputs, seed, step, row_offset, R, C, *strides,
+            h, gate, *inverse, *outputs[::2], seed, step, row_offset, R, C, *strides,
             row_qmax, row_stream, column_qmax, column_stream,
-            ROW_STOCHASTIC=row_stochastic and row_qmax > 0, COLUMN_STOCHASTIC=column_stochastic,
+            ROWS=row_qmax > 0, ROW_STOCHASTIC=row_stochastic and row_qmax > 0, COLUMN_STOCHASTIC=column_stochastic,
             BLOCK=TILE, **what, **OPTIONS,
         )  # fmt: skip
     elif row_qmax:
@@ -293,9 +301,13 @@ def launch(
 
 def builds() -> list[Build]:
     """Rows in registers and in a loop, each activation once, and the two kernels of tiles."""
-    pointers = {"h_ptr": "*bf16", "up_ptr": "*bf16"} | dict.fromkeys(
-        ("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64"
-    )
+    pointers = dict.fromkeys(("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64")
+    pointers |= {
+        "h_ptr": "*bf16",
+        "up_ptr": "*bf16",
+        "row_inverse_ptr": "*fp32",
+        "column_inverse_ptr": "*fp32",
+    }
     strides = ("R", "C", "stride_hr", "stride_hc", "stride_ur", "stride_uc")
     contiguous = {"stride_hc": 1, "stride_uc": 1}
     aligned = ("h_ptr", "up_ptr", "C", "stride_hr", "stride_ur")
@@ -315,7 +327,7 @@ def builds() -> list[Build]:
             divisible_by_16=() if strided else (*aligned, "codes_ptr"),
             options=options,
             # f may use fma and fast division, but relu2 and the quantization after f may not
-            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx") if activation == "relu2" else (),
+            forbidden_ptx=FORBIDDEN_PTX if activation == "relu2" else (),
             max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
@@ -331,12 +343,7 @@ def builds() -> list[Build]:
             options={"num_warps": 4, **OPTIONS},
         )
 
-    stored = {
-        "row_codes_ptr": "*i8",
-        "column_codes_ptr": "*i8",
-        "row_scale_ptr": "*fp32",
-        "column_scale_ptr": "*fp32",
-    }
+    stored = {"row_codes_ptr": "*i8", "column_codes_ptr": "*i8"}
     scalars = dict.fromkeys(("row_qmax", "row_stream", "column_qmax", "column_stream"), "i32")
     stochastic = {"ROW_STOCHASTIC": True, "COLUMN_STOCHASTIC": True, "BLOCK": TILE}
     return [

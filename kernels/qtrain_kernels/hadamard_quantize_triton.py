@@ -16,7 +16,16 @@ from torch import Tensor
 from qtrain_kernels import hadamard_quantize as declaration
 from qtrain_kernels.aot import Build
 from qtrain_kernels.counter_hash_triton import key, row_keys
-from qtrain_kernels.quantize_rows_triton import OPTIONS, codes, magnitude_bits, scale_and_inverse, tile
+from qtrain_kernels.quantize_rows_triton import tile
+from qtrain_kernels.rounding_triton import (
+    FORBIDDEN_PTX,
+    INT8,
+    OPTIONS,
+    codes,
+    inverse_of,
+    magnitude_bits,
+    scale_of,
+)
 
 ONE_PASS_COLUMNS = 16384  # the row in the registers of 16 warps
 
@@ -86,16 +95,17 @@ def _hadamard_quantize_kernel(
             x = x_row + column * stride_xc
             y = _transformed(x, signs_ptr + column, mask, SIGNED, BLOCK, LOG_BLOCK, NORM)
             magnitude = tl.maximum(magnitude, magnitude_bits(y))
-    scale, inverse, finite = scale_and_inverse(tl.max(magnitude, axis=1), qmax)  # [BLOCK_R]
+    scale = scale_of(tl.max(magnitude, axis=1), qmax, INT8)  # [BLOCK_R]
     tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inverse, finite = tl.expand_dims(inverse, 1), tl.expand_dims(finite, 1)
+    inverse = tl.expand_dims(inverse_of(scale), 1)
+    finite = inverse > 0.0
     if STOCHASTIC:
         k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
         r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        code = codes(y, inverse, finite, block, r0, r1, qmax, STOCHASTIC)
+        code = tl.where(finite, codes(y, inverse, block, r0, r1, qmax, INT8, STOCHASTIC), 0)
         tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
@@ -103,7 +113,7 @@ def _hadamard_quantize_kernel(
             mask = in_rows & (column < C)
             x = x_row + column * stride_xc
             y = _transformed(x, signs_ptr + column, mask, SIGNED, BLOCK, LOG_BLOCK, NORM)
-            code = codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC)
+            code = tl.where(finite, codes(y, inverse, column, r0, r1, qmax, INT8, STOCHASTIC), 0)
             tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
@@ -147,7 +157,7 @@ def builds() -> list[Build]:
             | ({} if strided else {"stride_xc": 1}),
             divisible_by_16=() if strided else ("x_ptr", "signs_ptr", "codes_ptr", "C", "stride_xr"),
             options=options,
-            forbidden_ptx=("fma.", ".ftz", "div.full", ".approx"),
+            forbidden_ptx=FORBIDDEN_PTX,
             max_registers=254 if strided else 128,  # 64-bit addresses element by element
         )
 
