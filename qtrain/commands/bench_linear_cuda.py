@@ -82,7 +82,7 @@ class LayerStep:
 
     def saved_bytes(self) -> int:
         """What autograd keeps between forward and backward, without the weight."""
-        from qtrain.nn.saved import saved_bytes
+        from qtrain.nn.saved_tensors import saved_bytes
 
         return saved_bytes(lambda: self.run(self._entering()), self.model.parameters())
 
