@@ -6,7 +6,7 @@ one-read kernel of ``quantize_rows`` runs.
 
     maxima    A program takes STEPS tiles [BLOCK_R, BLOCK_C] below each other and stores the maxima of its rows and, kept in
               registers until the end, of its columns. Atomic maxima, one a column and tile, took longer than the reading.
-              On the bits of |x| (see ``codes_triton``) a maximum does not depend on the order, and a NaN propagates.
+              On the bits of |x| (see ``rounding_triton``) a maximum does not depend on the order, and a NaN propagates.
     scales    The maxima of those maxima, scale and 1 / scale (0 where not finite), and the rows' keys of the random bits:
               what every tile would compute again.
     codes     Tiles from last to first: what the first kernel read last is still in L2. A tile is read as four that
@@ -34,23 +34,24 @@ from torch import Tensor
 from qtrain_kernels import quantize_rows_columns as declaration
 from qtrain_kernels import quantize_rows_triton
 from qtrain_kernels.aot import Build
-from qtrain_kernels.codes_triton import (
+from qtrain_kernels.counter_hash_triton import key, row_keys
+from qtrain_kernels.rounding_triton import (
     FORBIDDEN_PTX,
     INT8,
     MIN_SCALE,
     OPTIONS,
-    code_bits,
+    codes,
     inverse_of,
     magnitude_bits,
     scale_of,
 )
-from qtrain_kernels.counter_hash_triton import key, row_keys
 
 # A copy has no scale at all, one a row (column), or one for the tensor.
 NONE, EACH, TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # A row of a tile of the first kernel is one warp's, 16 bytes a lane; a program's chunk is 256 rows.
 MAXIMA_TILE = {"BLOCK_R": 16, "BLOCK_C": 256, "STEPS": 16, "num_warps": 4}
 SCALES_TILE = {"BLOCK": 64, "SPLIT": 16, "num_warps": 4}
+SCALES_BLOCK = 256
 CODES_TILE = {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4}
 
 
@@ -155,7 +156,7 @@ def _store_keys(keys_ptr, seed_ptr, step_ptr, row_offset_ptr, stream, index, R):
 
 
 @triton.jit(do_not_specialize=["row_qmax", "column_qmax", "row_stream", "column_stream"])
-def _scales_kernel(
+def _gather_kernel(
     scratch_ptr,
     tensor_ptr,
     row_scale_ptr,
@@ -197,6 +198,51 @@ def _scales_kernel(
 
 
 @triton.jit
+def _scales_of_maxima(
+    amax_ptr, inverse_ptr, scale_ptr, index, size, qmax, KIND: tl.constexpr, FORMAT: tl.constexpr
+):
+    amax = tl.load(amax_ptr + (index * 0 if KIND == TENSOR else index), mask=index < size, other=0)
+    scale = scale_of(amax, qmax, FORMAT)
+    tl.store(scale_ptr + index, scale, mask=index < size)
+    tl.store(inverse_ptr + index, inverse_of(scale), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
+def _scales_kernel(
+    row_amax_ptr,
+    column_amax_ptr,
+    row_inverse_ptr,
+    column_inverse_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    R,
+    C,
+    row_qmax,
+    column_qmax,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROW_FORMAT: tl.constexpr,
+    COLUMN_FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scales and inverses of maxima [R] and [C] that are complete: those of ``activation_quantize``."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if ROWS != NONE:
+        _scales_of_maxima(row_amax_ptr, row_inverse_ptr, row_scale_ptr, index, R, row_qmax, ROWS, ROW_FORMAT)
+    if COLUMNS != NONE:
+        _scales_of_maxima(
+            column_amax_ptr,
+            column_inverse_ptr,
+            column_scale_ptr,
+            index,
+            C,
+            column_qmax,
+            COLUMNS,
+            COLUMN_FORMAT,
+        )
+
+
+@triton.jit
 def _row_words(scratch_ptr, row, in_rows):
     return tl.load(scratch_ptr + row, mask=in_rows, other=0).to(tl.uint32, bitcast=True)
 
@@ -222,7 +268,7 @@ def _quantize_tile(
             y = x * tl.load(row_fold_ptr + column, mask=in_columns, other=0.0)
         if ROWS_STOCHASTIC:
             r0, r1 = _row_words(keys_ptr, row, in_rows), _row_words(keys_ptr + R, row, in_rows)
-        code = code_bits(y, row_inverse, name_c, r0, r1, row_qmax, ROW_FORMAT, ROWS_STOCHASTIC)
+        code = codes(y, row_inverse, name_c, r0, r1, row_qmax, ROW_FORMAT, ROWS_STOCHASTIC)
         code = tl.where(row_inverse > 0.0, code, 0).to(tl.int8)
         tl.store(row_codes_ptr + (row.to(INDEX) * C + column), code, mask=in_rows & in_columns)
     if COLUMNS == NONE:
@@ -232,7 +278,7 @@ def _quantize_tile(
     if COLUMNS_STOCHASTIC:
         keys_ptr += (start_c * 0 + R) * 2
         r0, r1 = _row_words(keys_ptr, row, in_rows), _row_words(keys_ptr + R, row, in_rows)
-    return code_bits(x, inverse, name_c, r0, r1, column_qmax, COLUMN_FORMAT, COLUMNS_STOCHASTIC) & 0xFF
+    return codes(x, inverse, name_c, r0, r1, column_qmax, COLUMN_FORMAT, COLUMNS_STOCHASTIC) & 0xFF
 
 
 @triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
@@ -333,7 +379,7 @@ def _codes_kernel(
 
 
 class Side(NamedTuple):
-    """One copy. ``qmax``: the largest code's value, 0 for no copy. ``number_format``: INT8, E4M3, E5M2 of ``codes_triton``.
+    """One copy. ``qmax``: the largest code's value, 0 for no copy. ``number_format``: INT8, E4M3, E5M2 of ``rounding_triton``.
     ``fold``: [C] for rows, [R] for columns, float32, or None."""
 
     qmax: int
@@ -405,7 +451,7 @@ def quantize(
         x, row_fold, column_fold, scratch, tensor_amax, *shape,
         **sides, **folded, INDEX=_index(x, maxima_tile), **maxima_tile, **OPTIONS,
     )  # fmt: skip
-    _scales_kernel[(triton.cdiv(max(R, C), SCALES_TILE["BLOCK"]),)](
+    _gather_kernel[(triton.cdiv(max(R, C), SCALES_TILE["BLOCK"]),)](
         scratch, tensor_amax, row_scale, column_scale, *counters, R, C, rows.qmax, columns.qmax, rows.stream, columns.stream,
         **sides, **codes, CHUNK_R=chunk_r, CHUNK_C=chunk_c, **SCALES_TILE, **OPTIONS,
     )  # fmt: skip
@@ -466,7 +512,7 @@ def builds() -> list[Build]:
     return [
         build("maxima", _maxima_kernel, MAXIMA_TILE),
         build("maxima, folds, any strides", _maxima_kernel, MAXIMA_TILE, contiguous=False, folded=True),
-        build("scales", _scales_kernel, SCALES_TILE, **stochastic),
+        build("scales", _gather_kernel, SCALES_TILE, **stochastic),
         build("codes, nearest", _codes_kernel, CODES_TILE),
         build("codes, stochastic, folds", _codes_kernel, CODES_TILE, folded=True, **stochastic),
         build("codes, columns", _codes_kernel, CODES_TILE, ROWS=0),

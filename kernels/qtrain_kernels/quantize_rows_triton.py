@@ -1,7 +1,7 @@
 """The Triton kernel of ``quantize_rows``: one program takes BLOCK_R whole rows.
 
 Rows that fit one block stay in registers between the maximum and the codes; longer rows are read twice, the
-second time mostly from L2. What makes it bit-equal to the reference on every input is in ``codes_triton``.
+second time mostly from L2. What makes it bit-equal to the reference on every input is in ``rounding_triton``.
 """
 
 from __future__ import annotations
@@ -13,36 +13,22 @@ from torch import Tensor
 
 from qtrain_kernels import quantize_rows as declaration
 from qtrain_kernels.aot import Build
-from qtrain_kernels.codes_triton import (
+from qtrain_kernels.counter_hash_triton import key, row_keys
+from qtrain_kernels.rounding_triton import (
     FORBIDDEN_PTX,
     INT8,
     OPTIONS,
-    code_bits,
+    codes,
     inverse_of,
     magnitude_bits,
     scale_of,
 )
-from qtrain_kernels.counter_hash_triton import key, row_keys
 
 # 32 elements a thread: enough independent loads in flight, and the row of one pass fits the registers.
 ELEMENTS_PER_WARP = 32 * 32
 ONE_PASS_COLUMNS = 8192
 LOOP_COLUMNS = 4096
 SHORT_TILE = 4096
-
-
-@triton.jit
-def scale_and_inverse(amax_bits, qmax):
-    """Of int8 codes: scale, 1 / scale, and int32 of ones where the scale is finite, of zeros elsewhere."""
-    scale = scale_of(amax_bits, qmax, INT8)
-    inverse = inverse_of(scale)
-    return scale, inverse, -(inverse > 0.0).to(tl.int32)
-
-
-@triton.jit
-def codes(y, inverse, finite, column, r0, r1, qmax, STOCHASTIC: tl.constexpr):
-    """y float32 and what ``scale_and_inverse`` returned -> int32 whose low byte is the int8 code."""
-    return code_bits(y, inverse, column, r0, r1, qmax, INT8, STOCHASTIC) & finite
 
 
 @triton.jit
@@ -104,14 +90,14 @@ def _quantize_rows_kernel(
     else:
         r0, r1 = 0, 0
     if ONE_PASS:
-        code = tl.where(finite, code_bits(x, inverse, block, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
+        code = tl.where(finite, codes(x, inverse, block, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
         tl.store(codes_row + block, code.to(tl.int8), mask=mask)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             x = _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED)
-            code = tl.where(finite, code_bits(x, inverse, column, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
+            code = tl.where(finite, codes(x, inverse, column, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
             tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 

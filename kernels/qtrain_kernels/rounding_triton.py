@@ -84,7 +84,7 @@ def _float_codes(v, column, r0, r1, MANTISSA: tl.constexpr, BIAS: tl.constexpr, 
 
 
 @triton.jit
-def code_bits(y, inverse, column, r0, r1, qmax, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
+def codes(y, inverse, column, r0, r1, qmax, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
     """y, inverse float32 -> int32 whose low byte is the code, for finite scales; meaningless where inverse is 0."""
     v = y * inverse
     if FORMAT == E4M3:
