@@ -39,8 +39,9 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pytorch_lightning": (),  # the same library under its old name
     "hydra": ("commands", "top"),
     "omegaconf": ("commands", "top"),
-    "bitsandbytes": ("qtrain/optim/bnb.py",),
-    "wandb": ("training", "qtrain/analysis/wandb_runs.py"),
+    "bitsandbytes": ("qtrain/optim/bnb.py", "kernels/qtrain_kernels/adamw_problems.py"),
+    "wandb": ("training", "qtrain/analysis/wandb_runs.py", "qtrain/analysis/comparison_wandb.py"),
+    "wandb_workspaces": ("qtrain/analysis/comparison_wandb.py",),
     "triton": ("kernels",),
 }
 BAD_NAMES = ("utils.py", "helpers.py", "misc.py", "common.py")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qtrain_kernels.op import Workload, define_op
+from qtrain_kernels.scaled_mm_workloads import cuda_workloads, gemms
 
 MAX_K = 2**17 - 1
 """A product of two codes is at most 2^14, so that sums of fewer than 2^17 fit into int32."""
@@ -164,51 +165,42 @@ _CASES: dict[str, Callable[[], Inputs]] = {
 }  # fmt: skip
 
 
-def _rivals(device: str) -> dict[str, Callable[[tuple[Any, ...]], Callable[[], Any]]]:
-    """The same product in higher precisions, without scales, and on a CPU with torch's int8 GEMM."""
+def _plain(dtype: torch.dtype) -> Callable[[tuple[Any, ...]], Callable[[], Any]]:
+    """The same product in a higher precision, without scales."""
 
-    def plain(dtype: torch.dtype) -> Callable[[tuple[Any, ...]], Callable[[], Any]]:
-        def make(inputs: tuple[Any, ...]) -> Callable[[], Any]:
-            a, b = (codes.to(dtype) for codes in inputs[:2])
-            return lambda: a @ b.t()
+    def make(inputs: tuple[Any, ...]) -> Callable[[], Any]:
+        a, b = (codes.to(dtype) for codes in inputs[:2])
+        return lambda: a @ b.t()
 
-        return make
+    return make
 
-    def with_torch(inputs: tuple[Any, ...]) -> Callable[[], Any]:
-        from qtrain_kernels.cpu_tier import Tier
-        from qtrain_kernels.int8_scaled_mm_cpu import launch
 
-        a, b, a_scale, b_scale, bias, dtype = inputs
-        return lambda: launch(a, b, a_scale, b_scale, bias, dtype, Tier("torch", "", None))
+def _with_torch(inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    from qtrain_kernels.cpu_tier import Tier
+    from qtrain_kernels.int8_scaled_mm_cpu import launch
 
-    rivals = {"bf16 GEMM": plain(torch.bfloat16), "fp32 GEMM": plain(torch.float32)}
-    return rivals | ({"torch._int_mm": with_torch} if device == "cpu" else {})
+    a, b, a_scale, b_scale, bias, dtype = inputs
+    return lambda: launch(a, b, a_scale, b_scale, bias, dtype, Tier("torch", "", None))
 
 
 def _workloads(device: str) -> Sequence[Workload]:
-    # T, I, O of the linear layers that the CPU path was designed on
-    shapes = [(4096, 768, 3072), (4096, 384, 1536)] if device == "cpu" else [(8192, 4096, 4096)]
+    if device == "cuda":
+        return cuda_workloads(lambda x: (x * 32).round().clamp(-127, 127).to(torch.int8))
+    rivals = {
+        "bf16 GEMM": _plain(torch.bfloat16),
+        "fp32 GEMM": _plain(torch.float32),
+        "torch._int_mm": _with_torch,
+    }
 
     def workload(name: str, M: int, N: int, K: int, dtype: torch.dtype) -> Workload:
-        def inputs(on: str) -> Inputs:
-            a, b, a_scale, b_scale, bias, out = _case(M, N, K, dtype)()
-            assert a_scale is not None
-            assert b_scale is not None
-            return a.to(on), b.to(on), a_scale.to(on), b_scale.to(on), bias, out
-
+        make = _case(M, N, K, dtype)
+        traffic = M * K + N * K + M * N * dtype.itemsize
         return Workload(
-            f"{name}/{M}x{N}x{K}",
-            inputs,
-            bytes=M * K + N * K + M * N * dtype.itemsize,
-            flops=2 * M * N * K,
-            rivals=_rivals(device),
+            f"{name}/{M}x{N}x{K}", lambda on: make(), bytes=traffic, flops=2 * M * N * K, rivals=rivals
         )
 
-    return [
-        workload(name, *mnk, dtype)
-        for T, I, O in shapes
-        for name, mnk, dtype in (("fprop", (T, O, I), _B), ("dgrad", (T, I, O), _B), ("wgrad", (O, I, T), _F))
-    ]
+    # T, I, O of the linear layers that the CPU path was designed on
+    return [workload(*gemm) for gemm in gemms([(4096, 768, 3072), (4096, 384, 1536)])]
 
 
 int8_scaled_mm = define_op(
@@ -217,5 +209,6 @@ int8_scaled_mm = define_op(
     fake=_fake,
     cases=_CASES,
     workloads=_workloads,
+    cuda="qtrain_kernels.int8_scaled_mm_triton:launch",
     cpu="qtrain_kernels.int8_scaled_mm_cpu:launch",
 )

@@ -101,9 +101,9 @@ def _quantize_rows_kernel(
             tl.store(codes_row + column, code.to(tl.int8), mask=mask)
 
 
-def tile(C: int) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of ``C`` columns."""
-    one_pass = C <= ONE_PASS_COLUMNS
+def tile(C: int, one_pass_columns: int = ONE_PASS_COLUMNS) -> dict[str, int | bool]:
+    """The block sizes and warps for rows of ``C`` columns, which stay in registers up to ``one_pass_columns``."""
+    one_pass = one_pass_columns >= C
     BLOCK_C = max(16, triton.next_power_of_2(C)) if one_pass else LOOP_COLUMNS
     BLOCK_R = max(1, SHORT_TILE // BLOCK_C)
     num_warps = BLOCK_R * BLOCK_C // ELEMENTS_PER_WARP

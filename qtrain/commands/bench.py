@@ -1,6 +1,7 @@
 """Time a training step (``qtrain bench step``), native training beside bf16 and fp32 (``bench train``), one linear
 layer (``bench linear``), the loader of its data (``bench data``, in ``bench_data``), the instruments of a run (``bench
-instruments run=FOLDER``) or a kernel (``qtrain bench kernels --op NAME``).
+instruments run=FOLDER``) or the kernels (``qtrain bench kernels``). On a GPU, ``bench train`` and ``bench linear`` are
+``bench_train_cuda`` and ``bench_linear_cuda``, with other arms (``bench_contenders``); what follows is of the rest.
 
 A step is the forward, the loss and the backward, without an optimizer. The arms take turns, one step each a round
 in rotating order, so that clocks, heat and other jobs weigh on all alike; a ratio of medians carries a 95 %
@@ -27,13 +28,13 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import bench_instruments, bench_linear
+from . import bench_instruments, bench_linear, bench_linear_cuda, bench_train_cuda
 from .bench_fake_quant import fake_quantize_linears
+from .bench_timing import Samples, ratio_interval, timed_in_turns
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,8 +49,6 @@ BASELINE = "unquantized_compiled"
 STEP_ARMS = (BASELINE, "recipe_compiled", "fake_quant_eager", "unquantized_eager")
 TRAIN_ARMS = (BASELINE, "native_compiled", "fp32_compiled")
 ARMS = (*STEP_ARMS, *TRAIN_ARMS[1:])
-RESAMPLES = 2000  # the interval's ends then vary by about 1 % of its width from seed to seed
-Samples = dict[str, list[float]]
 
 
 def forward_kernels(arguments: list[str]) -> int:
@@ -73,6 +72,10 @@ def check(cfg: DictConfig) -> None:
         return bench_data.check(cfg)
     if cfg.what == "instruments":
         return bench_instruments.check(cfg)
+    if cfg.what == "linear" and _device(cfg) == "cuda":
+        return bench_linear_cuda.check(cfg)
+    if cfg.what == "train" and _device(cfg) == "cuda":
+        return bench_train_cuda.check(cfg, _model_config(cfg))
     if cfg.what not in ("step", "train", "linear"):
         raise ValueError(
             f"what={cfg.what!r}: allowed are step, train, linear, data, instruments and kernels (qtrain bench kernels --help)"
@@ -83,8 +86,6 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"arms={arms}: allowed are {', '.join(ARMS)}, as in arms=[{BASELINE}]")
     if len(set(arms)) < len(arms):
         raise ValueError(f"arms={arms}: name each arm once")
-    if (cfg.what == "linear" or "native_compiled" in arms) and _device(cfg) != "cpu":
-        raise ValueError(f"native int8 on {_device(cfg)}: its kernels are for CPUs; pass device=cpu")
     for key, least in (("batch_sequences", 1), ("sequence_tokens", 1), ("rounds", 5), ("warmup_rounds", 1)):
         if not isinstance(cfg[key], int) or cfg[key] < least:
             raise ValueError(f"{key}={cfg[key]!r}: must be an integer of at least {least}")
@@ -117,15 +118,24 @@ def run(cfg: DictConfig) -> int:
 
         return bench_data.run(cfg)
     device = _device(cfg)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
+    report = {"settings": settings(cfg), **provenance(device)}
+
+    def save(found: dict[str, Any]) -> None:
+        report.update(found)
+        write_atomically(path, json.dumps(report, indent=1))
+
     if cfg.what == "instruments":
         found = bench_instruments.measured(Path(cfg.run))
         text = bench_instruments.table(found)
+    elif cfg.what == "linear":
+        found, text = bench_linear_cuda.measured(cfg, save) if device == "cuda" else _linear(cfg)
+    elif cfg.what == "train" and device == "cuda":
+        found, text = bench_train_cuda.measured(cfg, _model_config(cfg), save)
     else:
-        found, text = _linear(cfg) if cfg.what == "linear" else _steps(cfg, device)
-    report = {**found, "settings": settings(cfg), **provenance(device)}
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
-    write_atomically(path, json.dumps(report, indent=1))
+        found, text = _steps(cfg, device)
+    save(found)
     print(text)
     shown = ("device", "threads", "cpu_kernels", "torch", "triton", "commit")
     print(", ".join(f"{k} {report[k]}" for k in shown))
@@ -244,46 +254,6 @@ def build_arm(arm: str, cfg: DictConfig, device: str) -> Callable[[int], None]:
         compute(tokens[:, :-1], tokens[:, 1:]).backward()
 
     return step
-
-
-def timed_in_turns(
-    steps: Mapping[str, Callable[[int], None]], device: str, rounds: int, warmup_rounds: int
-) -> tuple[Samples, Samples]:
-    """(wall ms, CPU ms) of each arm, one of each a round."""
-    import torch
-
-    def finish() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    names = list(steps)
-    wall: Samples = {name: [] for name in names}
-    cpu: Samples = {name: [] for name in names}
-    for i in range(warmup_rounds + rounds):
-        if i == warmup_rounds:
-            print(f"{rounds} rounds", flush=True)
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            finish()
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            steps[name](i)
-            finish()
-            if i >= warmup_rounds:
-                cpu[name].append((time.process_time() - cpu_start) * 1e3)
-                wall[name].append((time.perf_counter() - wall_start) * 1e3)
-    return wall, cpu
-
-
-def ratio_interval(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """(ratio of medians, its 2.5th and 97.5th percentile over resampled rounds). Rounds are resampled as pairs,
-    since what slows one arm in a round slows the other."""
-    import numpy as np
-
-    a, b = np.asarray(values), np.asarray(base)
-    drawn = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
-    ratios = np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(np.median(a) / np.median(b)), float(low), float(high)
 
 
 def summarize(wall: Samples, cpu: Samples) -> list[dict[str, Any]]:

@@ -139,6 +139,7 @@ def device_lines() -> Iterator[Line]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         yield gpu_line(i, properties.name, (properties.major, properties.minor), properties.total_memory)
+        yield gpu_kernels_line(i, (properties.major, properties.minor))
     threads, cores = (
         torch.get_num_threads(),
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -155,6 +156,22 @@ def gpu_line(index: int, name: str, capability: tuple[int, int], memory_bytes: i
     ]
     text = f"{name}, sm_{capability[0]}{capability[1]}, {memory_bytes / 2**30:.0f} GiB: {', '.join(support)}"
     return Line("ok" if capability >= (8, 0) else "note", f"gpu {index}", text)
+
+
+# Kind of codes -> the first compute capability whose tensor cores multiply them (CUDA programming guide). Triton 3.6
+# builds for 8.0 and later.
+TENSOR_CORES = {"int8": (8, 0), "fp8": (8, 9)}
+
+
+def gpu_kernels_line(index: int, capability: tuple[int, int]) -> Line:
+    """What ``compute=native`` can multiply on that GPU."""
+    from qtrain.nn.native_ops import kinds_on
+
+    kinds = [kind for kind in kinds_on("cuda") if capability >= TENSOR_CORES[kind]]
+    if kinds and _version("triton") is not None:
+        return Line("ok", f"gpu {index} kernels", f"compute=native multiplies {' and '.join(kinds)} codes")
+    why = "" if not kinds else " without triton: pip install 'triton>=3.6'"
+    return Line("note", f"gpu {index} kernels", f"compute=native raises here{why}; compute=simulated runs")
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str] | None:

@@ -10,7 +10,8 @@ name it; a fused qkv would force one precision on three matrices whose sensitivi
 really multiplies passes through named identities: ``attn.q_rope`` [B, H, S, D] and ``attn.k_rope`` [B, K, S, D] (query
 and key after rotary embedding, or without one after projection and norm) and ``attn.v_hook`` [B, K, S, D].
 ``attn.logits_hook`` is None; a module set there receives the scaled causal logits [B, H, S, S], and attention
-then takes the explicit path, since the fused kernel never forms them.
+then takes the explicit path, since the fused kernel never forms them. An MLP says in ``read_by`` that its ``activation`` is
+read by ``down`` and by nothing else.
 
 Initial weights depend on the seed and on each parameter's own name: the same seed gives the same model on
 every device, a variant with one matrix more leaves the others as they were, and torch's global generator is
@@ -148,6 +149,21 @@ def normalise(norm: Norm | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
+class Activation(nn.Module):
+    """f(h), or f(h) * up where an ``up`` is given; all [..., M]. name: of ACTIVATIONS."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, h: Tensor, up: Tensor | None = None) -> Tensor:
+        y = ACTIVATIONS[self.name](h)
+        return y if up is None else y * up
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .decoder import ACTIVATIONS, Attention, Block, Decoder, DecoderConfig, Norm, Rope
+from .decoder import ACTIVATIONS, Activation, Attention, Block, Decoder, DecoderConfig, Norm, Rope
 
 NORMS = ("rmsnorm", "layernorm")
 POSITIONS = ("learned", "rope")
@@ -75,10 +75,11 @@ class MLP(nn.Module):
         assert config.mlp_width is not None  # set by the config itself
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
-        self.activation = config.activation
+        self.activation = Activation(config.activation)
+        self.read_by = {"activation": "down"}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class GPT(Decoder):

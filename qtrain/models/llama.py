@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .decoder import (
     ACTIVATIONS,
+    Activation,
     Attention,
     Block,
     Decoder,
@@ -92,10 +93,11 @@ class GatedMLP(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.sub_norm = config.make_norm(config.mlp_width) if config.sub_norm else None
-        self.activation = config.activation
+        self.activation = Activation(config.activation)
+        self.read_by = {} if config.sub_norm else {"activation": "down"}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(normalise(self.sub_norm, ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)))
+        return self.down(normalise(self.sub_norm, self.activation(self.gate(x), self.up(x))))
 
 
 class Llama(Decoder):

@@ -20,14 +20,19 @@ from qtrain.quant import LinearRecipe
 
 from .clock import Clock, Draws
 from .native import NativeLinear
+from .native_ops import NativeSteps, missing_on
+from .prologue import Prologue
 from .quantizers import NO_STATES, LearnedStep, Quantizers, check_ranges
+from .shared_codes import SharedCodes
 from .simulated import SimulatedGemms, SimulatedLinear
 
 
 class QuantizedLayer(nn.Module):
     """A linear layer with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
     names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O].
-    ``native``: whether its GEMMs run on codes (``nn.native``) or are simulated."""
+    ``native``: whether its GEMMs run on codes (``nn.native``) or are simulated. ``prologue``: the function that it owns
+    of what it reads, or None. ``shared``: the model's codes at hand. ``steps``, ``devices``: what a native one read off its recipe,
+    and the types of devices that it was found to run on."""
 
     stores_transposed = False
     weight: Tensor
@@ -37,6 +42,10 @@ class QuantizedLayer(nn.Module):
     name: str
     stream: int
     native: bool
+    prologue: Prologue | None
+    shared: SharedCodes | None
+    steps: NativeSteps | None
+    devices: tuple[str, ...]
     plain: type[nn.Module]
     quantizers: Quantizers | None
 
@@ -58,7 +67,14 @@ class QuantizedLayer(nn.Module):
 
     @staticmethod
     def convert(
-        layer: nn.Module, recipe: LinearRecipe, *, name: str, clock: Clock, native: bool = False
+        layer: nn.Module,
+        recipe: LinearRecipe,
+        *,
+        name: str,
+        clock: Clock,
+        native: bool = False,
+        prologue: Prologue | None = None,
+        shared: SharedCodes | None = None,
     ) -> QuantizedLayer:
         """Turn ``layer`` itself into a quantized one: parameters, hooks and every reference to it survive. Raises as
         ``check`` does."""
@@ -71,6 +87,8 @@ class QuantizedLayer(nn.Module):
         layer._modules.pop("quantizers", None)
         layer.recipe, layer.clock, layer.name = recipe, clock, name
         layer.stream, layer.native = stream_id(name), native
+        layer.prologue, layer.shared = prologue, shared
+        layer.steps, layer.devices = NativeSteps.of(recipe) if native else None, ()
         quantizers = Quantizers(recipe, k_major(layer))
         layer.quantizers = quantizers if len(quantizers) else None
         clock.follow(layer.weight.device)
@@ -79,7 +97,17 @@ class QuantizedLayer(nn.Module):
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in ("recipe", "clock", "name", "stream", "native", "quantizers", "plain"):
+        for attribute in (
+            "recipe",
+            "clock",
+            "name",
+            "stream",
+            "native",
+            "prologue",
+            "shared",
+            "quantizers",
+            "plain",
+        ):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
@@ -97,9 +125,25 @@ class QuantizedLayer(nn.Module):
         """Whether no learned step waits for ``start_steps``."""
         return all(q.ready for q in self._learned().values())
 
+    def _native_steps(self, device: str) -> NativeSteps:
+        """Of the recipe that it has now. Raises RuntimeError on a device without the kernels."""
+        if self.steps is None or self.steps.recipe is not self.recipe:
+            self.steps, self.devices = NativeSteps.of(self.recipe), ()
+        if device not in self.devices:
+            if missing := missing_on(device, self.recipe):
+                raise RuntimeError(f"{self.name}: compute=native: {missing}; pass recipe.compute=simulated")
+            self.devices = (*self.devices, device)
+        return self.steps
+
+    def read(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x [..., I] of what the layer is called with: (h, up), h or x itself."""
+        h, up = input if isinstance(input, tuple) else (input, None)
+        return h if self.prologue is None else self.prologue.value(h, up)
+
     @torch.no_grad()
-    def start_steps(self, input: Tensor) -> None:
+    def start_steps(self, input: Tensor | tuple[Tensor, Tensor]) -> None:
         """Begins the learned steps that have not: of the weight, and of the input from ``input`` [..., I]."""
+        input = self.read(input)
         gemms = SimulatedGemms(self.recipe, Draws(self.clock.counters, self.stream), torch.float32, {}, {})
         sources = {
             "fprop.input": input.reshape(-1, input.shape[-1]),
@@ -112,14 +156,16 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         quantized = ", ".join(f"{k}={v}" for k, v in self.recipe.operands().items() if v is not None)
         native = ", native" if self.native else ""
-        return f"{super().extra_repr()}, {quantized or 'high precision'}{native}"
+        owned = "" if self.prologue is None else f", of {self.prologue.function}"
+        return f"{super().extra_repr()}, {quantized or 'high precision'}{native}{owned}"
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: [..., I] -> [..., O], in autocast's dtype where it is on. Raises TypeError for float16, whose
+    def forward(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """input: [..., I] -> [..., O], in autocast's dtype where it is on; with a prologue h or (gate, up). Raises TypeError for float16, whose
         range the products of codes leave, and ValueError for a number of tokens that the transform of wgrad does
         not divide."""
         if not self.recipe.quantizes:
-            return self.plain.forward(self, input)
+            return self.plain.forward(self, self.read(input))
+        input, up = input if isinstance(input, tuple) else (input, None)
         device = input.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
@@ -133,14 +179,19 @@ class QuantizedLayer(nn.Module):
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
-        arguments = (input, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains)
+        weight = k_major(self)
         if self.native:
-            return NativeLinear.apply(*arguments)
+            shared = None if torch.compiler.is_compiling() else self.shared
+            steps, prologue = self._native_steps(device), self.prologue
+            return NativeLinear.apply(
+                input, up, weight, self.bias, counters, steps, stream, dtype, trains, prologue, shared
+            )
+        arguments = (input, up, weight, self.bias, counters, self.recipe, stream, dtype, trains)
         states = NO_STATES
         if self.quantizers is not None:
             self.quantizers.check_ready(self.name, trains=trains)
             states = self.quantizers.flat()
-        return SimulatedLinear.apply(*arguments, *states)
+        return SimulatedLinear.apply(*arguments, self.prologue, *states)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):

@@ -5,8 +5,10 @@ agreement   of an operand: the share of its elements that are the oracle's, up t
             epilogue can carry, and a rounding to the compute dtype. Of y, dx, dW: the share of elements that follow
             from the product that was seen to execute, the oracle's scales, masks and transforms applied to it. So
             a product that executes beside the real one, with the right operands, proves nothing.
-native      where it is configured, the int8 product must have executed, its rows be the reference's to the bit, and y,
-            dx, dW be what it gave out, to the bit: neither a bf16 product inside of the op nor one beside it passes.
+native      where it is configured, the low-precision product must have executed, its rows be the reference's, and y, dx,
+            dW be what it gave out, to the bit. Of int8 its rows are to the bit as well: neither a bf16 product inside of
+            the op nor one beside it passes. Of fp8, whose sums may err more than those of bf16 units, a bf16 product
+            inside of the op is seen by its counters alone (``op.executions``).
 sqnr_db     of each operand against what was to be quantized: two-sided, within a band around the oracle's. Too
             good fails as well: nothing was quantized. (Of y, dx, dW, against the unquantized products, it is
             shown only: roundings of bfloat16 speak in it where a bias or a sum cancels.)
@@ -25,7 +27,7 @@ from qtrain.quant import LinearRecipe, QuantSpec
 
 from .clock import Draws
 from .linear import QuantizedLayer
-from .native import runs_natively
+from .native_ops import runs_natively
 from .oracle import OracleGemm, OracleOperand, linear_oracle
 from .probe import Call, LayerProbe, Product
 
@@ -45,6 +47,10 @@ Noise of another step changes every fourth code or more."""
 OTHER_RESULTS = 1e-4
 """Share of a result's elements that need not follow from the product that was seen, though one always may: masks
 flip as rarely as codes do."""
+
+PROLOGUE_ROUNDINGS = 4.0
+"""Of a gradient that a prologue's derivative turns into that of its inputs: dx is rounded, then dx * up or dx * f(gate),
+whose factor was rounded, and the result."""
 
 SAMPLED_BLOCKS = 512
 """How many scales of an operand are searched for distinct values, evenly spaced."""
@@ -222,20 +228,26 @@ def _observe_result(
     name: str,
     seen: Tensor,
     exact: Tensor,
-    oracle: OracleGemm,
+    oracle: Tensor,
     follows: Tensor,
     bias: Tensor,
     rounding: float,
+    *,
+    slack: Tensor | None,
+    mixes: bool,
 ) -> Observation:
-    """seen, exact, follows: without bias; ``follows`` is what the product that executed must give."""
-    quality, expected = sqnr_db(exact, seen - bias), sqnr_db(exact, oracle.result)
+    """seen, exact, oracle, follows: without bias; ``follows`` is what the product that executed must give, up to
+    ``slack`` and roundings. mixes: whether a transform mixes the elements of a row."""
+    quality, expected = sqnr_db(exact, seen - bias), sqnr_db(exact, oracle)
     problem = ""
     given = follows + bias
     # float32 sums of the epilogue; a transform spreads the roundings of a row, of 1/5 of the bound each, over it
     row = follows.square().mean(1, keepdim=True).sqrt().nan_to_num()
     tolerance = rounding * 1.01 * given.abs() + 2.0**-18 * (follows.abs() + bias.abs() + row)
-    if oracle.mixes:
+    if mixes:
         tolerance = tolerance + 4 * rounding * row
+    if slack is not None:
+        tolerance = tolerance + slack
     agreement, others = _share(seen, given, tolerance)
     if others > max(1.0, OTHER_RESULTS * seen.numel()):
         problem = f"{others} of {seen.numel()} elements do not follow from the product that was executed"
@@ -270,9 +282,10 @@ def _computed_otherwise(call: Call, result: str, product: Product, native: bool)
         return f"computed by {product.kernel} on {dtype}, configured as native"
     if product.wrong:
         return f"{product.wrong} rows that {product.kernel} gave out are not the product of its {dtype} codes"
-    edge, seen = call.edges[result], call.matrix(result)
+    seen = call.given_out(result)
     assert seen is not None
-    given = product.native.to(edge.dtype).to(torch.float32)
+    dtype_out = call.edges["x" if result == "dx" else result].dtype
+    given = call.through(result, product.native.to(dtype_out).to(torch.float32))
     others = int(((seen != given) & ~(seen.isnan() & given.isnan())).sum())
     return f"{others} of {seen.numel()} elements are not what {product.kernel} gave out" if others else ""
 
@@ -298,7 +311,7 @@ def _observe_call(
         if not needed[gemm_name]:
             continue
         product = _executed(call.forward if gemm_name == "fprop" else call.backward, gemm)
-        seen = call.matrix(result)
+        seen = call.given_out(result)
         if product is None or seen is None:
             shapes = f"{tuple(gemm.a.source.shape)} . {tuple(gemm.b.source.shape)}^T"
             problem = (
@@ -318,13 +331,25 @@ def _observe_call(
             )
             observations.append(observation)
             factors.append(of_operand)
-        out = product.out.to(torch.float32)
-        follow = [gemm.given_out(out * a * b.t()) for a in factors[0] for b in factors[1]]
-        rounding = _rounding(call.edges["y"].dtype, call.edges[result].dtype, product.out.dtype)
+        out, slack = product.out.to(torch.float32), product.slack
+        pairs = [a * b.t() for a in factors[0] for b in factors[1]]
+        follow = [gemm.given_out(out * pair) for pair in pairs]
+        slacks = [None if slack is None else call.through(result, slack * pair.abs()).abs() for pair in pairs]
+        of_result = call.edges["x" if result == "dx" else result].dtype
+        rounding = _rounding(call.edges["y"].dtype, of_result, product.out.dtype)
+        if result == "dx" and call.prologue is not None:
+            rounding *= PROLOGUE_ROUNDINGS
         added = bias if result == "y" else nothing
         if product.added:
             follow = [follows - added for follows in follow]
-        found = [_observe_result(name, result, seen, exact[result], gemm, f, added, rounding) for f in follow]
+        unrounded, oracle_result = (call.through(result, t) for t in (exact[result], gemm.result))
+        found = [
+            _observe_result(
+                name, result, seen, unrounded, oracle_result, call.through(result, follows), added, rounding,
+                slack=slack, mixes=gemm.mixes,
+            )
+            for follows, slack in zip(follow, slacks, strict=True)
+        ]  # fmt: skip
         best = max(found, key=lambda o: (not o.problem, o.agreement))
         otherwise = _computed_otherwise(call, result, product, native and runs_natively(recipe, gemm_name))
         observations.append(replace(best, problem=otherwise or best.problem))

@@ -23,14 +23,19 @@ from qtrain.quant.qtensor import grid_values, to_qtensor
 
 from .clock import Draws
 from .gemm import GemmOperand, enter, enter_transposed, quantized_gemm
+from .prologue import Prologue
 from .quantizers import OPERANDS, move_of_step, note, of_flat, step_gradient
 
 
 class SimulatedLinear(torch.autograd.Function):
+    """x = f(h) or f(h) * up where there is a prologue, else h. stream: of the layer's draws. dtype: the compute dtype.
+    trains: whether x is needed for the backward. states: of ranges (``quantizers``)."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        h: Tensor,
+        up: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         counters: Tensor | None,
@@ -38,23 +43,27 @@ class SimulatedLinear(torch.autograd.Function):
         stream: int,
         dtype: torch.dtype,
         trains: bool,
+        prologue: Prologue | None,
         *states: Tensor | None,
     ) -> Tensor:
         # The clock may move on before the backward runs; the bits of a layer are those of its forward.
         counters = None if counters is None else counters.clone()
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):
             given, notes = of_flat(states)
+            x = h if prologue is None else prologue.value(h, up)
             gemms = SimulatedGemms(recipe, Draws(counters, stream), dtype, given, notes if trains else {})
             x2 = x.reshape(-1, x.shape[-1])
-            xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[8])
+            xq, x_entered, x_move = gemms.forward_operand(x2, "input", moves=ctx.needs_input_grad[10])
             # Of [I, O] storage too: the sums of a GEMM go by the layout of what it reads
             wq, w_entered, w_move = gemms.forward_operand(
-                weight.contiguous(), "weight", moves=ctx.needs_input_grad[9]
+                weight.contiguous(), "weight", moves=ctx.needs_input_grad[11]
             )
             y = quantized_gemm(x_entered, w_entered, dtype, bias)
             reused_w = w_entered if recipe.dgrad.weight == "fprop" else (None, None)
-            kept = gemms.kept_of_input(x2, xq) if trains else (None,) * 5
+            kept = gemms.kept_of_input(x2, xq) if trains and prologue is None else (None,) * 5
+            behind = (None, None) if prologue is None else (h, up)
             ctx.save_for_backward(
+                *behind,
                 weight,
                 counters,
                 *reused_w,
@@ -66,29 +75,33 @@ class SimulatedLinear(torch.autograd.Function):
                 *states[: -len(OPERANDS)],
             )
         ctx.recipe, ctx.stream, ctx.dtype, ctx.notes = recipe, stream, dtype, states[-len(OPERANDS) :]
-        ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
+        ctx.x_shape, ctx.x_dtype, ctx.has_bias, ctx.prologue = x.shape, x.dtype, bias is not None, prologue
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, counters, w_values, w_scale, x_bits, w_bits, x_move, w_move, *kept = ctx.saved_tensors
+        h, up, weight, counters, w_values, w_scale, x_bits, w_bits, x_move, w_move, *kept = ctx.saved_tensors
         kept, ranges = kept[:5], kept[5:]
-        dx = dw = db = dx_step = dw_step = None
+        dx = dup = dw = db = dx_step = dw_step = None
         with torch.autocast(weight.device.type, enabled=False):
             given, notes = of_flat((*ranges, *ctx.notes))
             gemms = SimulatedGemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, given, notes)
             g = grads[0].reshape(-1, weight.shape[0])
-            if ctx.needs_input_grad[0] or x_move is not None:
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] or x_move is not None:
                 dx, dx_step = gemms.dgrad(g, weight, GemmOperand(w_values, w_scale), x_bits, x_move)
                 dx = dx.to(ctx.x_dtype).reshape(ctx.x_shape)
-            if ctx.needs_input_grad[1] or w_move is not None:
+                if ctx.prologue is not None:
+                    dx, dup = ctx.prologue.gradients(dx, h, up)
+            if ctx.needs_input_grad[2] or w_move is not None:
+                if ctx.prologue is not None:
+                    kept[0] = ctx.prologue.value(h, up).reshape(-1, weight.shape[1])
                 dw, dw_step = gemms.wgrad(g, kept, w_bits, w_move, weight.shape[1])
                 dw = dw.to(weight.dtype)
-            if ctx.has_bias and ctx.needs_input_grad[2]:
+            if ctx.has_bias and ctx.needs_input_grad[3]:
                 db = g.to(torch.float32).sum(0).to(weight.dtype)
         none = (None,) * (len(ranges) - 2 + len(ctx.notes))
-        return dx, dw, db, None, None, None, None, None, dx_step, dw_step, *none
+        return dx, dup, dw, db, *(None,) * 6, dx_step, dw_step, *none
 
 
 def _bits(q: Quantized | None) -> tuple[Tensor | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qtrain_kernels.cpu_tier import tier
@@ -22,19 +23,24 @@ from qtrain.quant import LinearRecipe, ModelRecipe
 from .clock import Clock
 from .inventory import as_patterns, check_not_quantized, linear_layers, outside_matrices, why_not
 from .linear import QuantizedLayer, k_major
-from .native import obstacles
+from .native_ops import kinds_of, missing_on, obstacles
+from .prologue import Prologue, sites
+from .shared_codes import SharedCodes
+
+Faster = Callable[[Mapping[str, tuple[tuple[int, int], LinearRecipe]]], set[str]]
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear layer: its dotted name, [out_features, in_features], and its recipe (None: high precision). Or a
     matrix outside of linear layers, of any shape and always in high precision. native: whether its GEMMs run on codes
-    or are simulated."""
+    or are simulated. recomputes: whether it owns the activation in front of it (``prologue``)."""
 
     name: str
     shape: tuple[int, ...]
     recipe: LinearRecipe | None
     native: bool = False
+    recomputes: bool = False
 
     @property
     def parameters(self) -> int:
@@ -95,7 +101,8 @@ class SurgeryReport:
                 transform = getattr(layer.recipe, gemm).transform
                 pair = f"{operands[2 * i]} | {operands[2 * i + 1]}"
                 gemms.append(pair if transform is None else f"{pair} [{transform}]")
-            saved = f"{layer.recipe.saved}, native" if layer.native else layer.recipe.saved
+            saved = "recomputed" if layer.recomputes else layer.recipe.saved
+            saved += ", native" if layer.native else ""
             table.add_row(layer.name, shape, *gemms, saved)
         simulated = self.simulated_only()
         if simulated:
@@ -149,41 +156,78 @@ def _check_outside(recipe: ModelRecipe, outside: dict[str, Tensor]) -> None:
 
 
 def _native_layers(
-    recipe: ModelRecipe, plan: dict[str, LinearRecipe | None], linears: dict[str, nn.Module], device: str
+    recipe: ModelRecipe,
+    plan: dict[str, LinearRecipe | None],
+    linears: dict[str, nn.Module],
+    device: str,
+    faster: Faster | None,
 ) -> tuple[str, set[str]]:
     """How the plan computes, in a few words, and the names of the layers that do so natively."""
     planned = {name: layer for name, layer in plan.items() if layer is not None}
     if recipe.compute == "simulated" or not planned:
         return "simulated", set()
-    why = "" if device in ("cpu", "meta") else f"there is no int8 GEMM of ours for {device}"
-    able = {name for name, layer in planned.items() if not obstacles(layer)}
+    why = {name: obstacles(layer) for name, layer in planned.items()}
+    for name, layer in planned.items():
+        missing = "" if device == "meta" else missing_on(device, layer)
+        if not why[name] and missing:
+            why[name] = [missing]
     if recipe.compute == "native":
-        if why:
-            raise ValueError(f"compute=native: {why}; pass recipe.compute=simulated or device=cpu")
-        for name in planned:
-            if name not in able:
+        for name, found in why.items():
+            if found:
                 raise ValueError(
-                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(obstacles(planned[name]))}; or "
-                    f"exclude the layer, or pass recipe.compute=simulated"
+                    f"compute=native: {name} ({type(linears[name]).__name__}): {'; '.join(found)}; or exclude the layer, "
+                    "or pass recipe.compute=simulated"
                 )
-        return f"native, int8 on {tier()}", able
-    if not why and not able:
-        why = obstacles(next(iter(planned.values())))[0]
-    elif not why and tier().library is None:
-        why = f"only torch's int8 GEMM is here: {tier().reason}"
-    if why:
-        return f"simulated ({why})", set()
+    able = {name for name, found in why.items() if not found}
+    if not able:
+        return f"simulated ({next(iter(why.values()))[0]})", set()
+    if recipe.compute == "auto":
+        if faster is not None:
+            able = faster({name: (_shape(linears[name]), planned[name]) for name in sorted(able)})
+            if not able:
+                return "simulated (measured: native is slower than a plain layer)", set()
+        elif device == "cpu" and not tier().library:
+            return f"simulated (only torch's int8 GEMM is here: {tier().reason})", set()
+    kinds = sorted({kind for name in able for kind in kinds_of(planned[name])}, reverse=True)
     others = f", {len(planned) - len(able)} layers simulated" if len(able) < len(planned) else ""
-    return f"native, int8 on {tier()}{others}", able
+    return f"native, {' and '.join(kinds)} on {tier() if device in ('cpu', 'meta') else device}{others}", able
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    out_features, in_features = k_major(layer).shape
+    return out_features, in_features
+
+
+def _recomputing(
+    model: nn.Module, recipe: ModelRecipe, plan: dict[str, LinearRecipe | None]
+) -> dict[str, Prologue]:
+    """The layers that own the activation in front of them, and its function."""
+    if not recipe.recompute_activations:
+        return {}
+    found = {name: site.prologue for name, site in sites(model).items() if plan.get(name) is not None}
+    if not found:
+        raise ValueError(
+            f"recompute_activations=true: {type(model).__name__} has no quantized layer that alone reads an activation (a "
+            "module with read_by says where; Hugging Face's have none, and a norm between them is one reader more); "
+            "pass recompute_activations=false"
+        )
+    return found
 
 
 def apply_recipe(
-    model: nn.Module, recipe: ModelRecipe, *, seed: int = 0, device: str | None = None
+    model: nn.Module,
+    recipe: ModelRecipe,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    faster: Faster | None = None,
 ) -> SurgeryReport:
     """Convert the linear layers of ``model`` in place; a second call with another recipe replaces the first.
 
     seed: of the random bits of stochastic recipes. device: the type of the one that the model is going to run on, where
-    it isn't there yet. Raises ValueError for a pattern that matches nothing, a
+    it isn't there yet. faster: of ``compute=auto``, {layer: (shape [O, I], recipe)} of the layers that could be native ->
+    the names of those that shall (``measured_plan``); without it all shall, where there are built kernels. Raises
+    ValueError for a pattern that matches nothing, a
     transform that does not divide a layer's widths, a model without linear layers, a model that was loaded quantized,
     a matrix outside of linear layers that the recipe covers (``inventory``), or ``compute=native`` with a recipe or on a
     device that has no native path; TypeError for a linear layer that
@@ -200,16 +244,27 @@ def apply_recipe(
     _check_layers(model, recipe, linears)
     _check_outside(recipe, outside)
     device = device or next(iter(linears.values())).weight.device.type  # type: ignore[union-attr, assignment]
-    compute, native = _native_layers(recipe, plan, linears, str(device))
-    clock = Clock(seed)
+    compute, native = _native_layers(recipe, plan, linears, str(device), faster)
+    reading = _recomputing(model, recipe, plan)
+    clock, shared = Clock(seed), SharedCodes()
+    for name, site in sites(model).items():
+        site.set(deferred=name in reading)
     for name, layer in linears.items():
         layer_recipe = plan[name]
         if layer_recipe is not None:
-            QuantizedLayer.convert(layer, layer_recipe, name=name, clock=clock, native=name in native)
+            QuantizedLayer.convert(
+                layer,
+                layer_recipe,
+                name=name,
+                clock=clock,
+                native=name in native,
+                prologue=reading.get(name),
+                shared=shared,
+            )
         elif isinstance(layer, QuantizedLayer):
             layer.revert()
     layers = [
-        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native)
+        LayerReport(name, tuple(k_major(layer).shape), plan[name], name in native, name in reading)
         for name, layer in linears.items()
     ]
     layers += [LayerReport(name, tuple(matrix.shape), None) for name, matrix in outside.items()]

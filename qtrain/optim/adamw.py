@@ -22,62 +22,22 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from qtrain_kernels.counter_hash import random_bits, stream_id, uniform
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .eager import Layouts, Numbers, Part, numbers, step_eagerly
+from .fused import FusedSteps, Kind, kind_of, refusal_of_layouts, refusal_of_tensors
 from .loading import ELSEWHERE, matched_groups, matched_state, refuse_empty
 from .sharding import RowShard, check_one_mesh, is_dtensor, local, local_gradient, row_shard
-from .states import KINDS, AdamStateRecipe, Rows, StateLayout, held_by_rows
-
-# Elements worked on at once: on a CPU, 1 MiB a float32 temporary (measured best of 2^14 to 2^20); elsewhere
-# 64 MiB each, few enough launches.
-CPU_CHUNK = 1 << 18
-DEVICE_CHUNK = 1 << 24
+from .states import KINDS, AdamStateRecipe, StateLayout, held_by_rows
 
 
-class _Step(NamedTuple):
-    """The numbers of one step: ``w = decay * w - step_size * m / (sqrt(v) / root + eps)``."""
+class _Way(NamedTuple):
+    """How local rows of one shape are stepped: their layouts, and what the op has for them."""
 
-    decay: float
-    beta1: float
-    beta2: float
-    step_size: float
-    root: float
-    eps: float
-
-
-def _numbers(group: Mapping[str, Any], step: float) -> _Step:
-    beta1, beta2 = group["betas"]
-    lr = float(group["lr"])
-    return _Step(
-        decay=1 - lr * group["weight_decay"],
-        beta1=beta1,
-        beta2=beta2,
-        step_size=lr / (1 - beta1**step),
-        root=(1 - beta2**step) ** 0.5,
-        eps=group["eps"],
-    )
-
-
-def _chunks(p: Tensor, by_rows: bool) -> Iterator[tuple[int, Rows]]:
-    """(index of the first row, rows) that cover the local tensor p along dim 0."""
-    chunk = CPU_CHUNK if p.device.type == "cpu" else DEVICE_CHUNK
-    if not by_rows or p.dim() == 0 or p.numel() <= chunk:
-        yield 0, ...
-        return
-    rows = max(1, chunk * p.shape[0] // p.numel())
-    for start in range(0, p.shape[0], rows):
-        yield start, slice(start, start + rows)
-
-
-def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, now: _Step) -> None:
-    """One step of float32 weights, in place, m and v too; the operations of torch's single-tensor loop."""
-    w.mul_(now.decay)
-    m.lerp_(g, 1 - now.beta1)
-    v.mul_(now.beta2).addcmul_(g, g, value=1 - now.beta2)
-    denominator = v.sqrt().div_(now.root).add_(now.eps)
-    w.addcdiv_(m, denominator, value=-now.step_size)
+    layouts: Layouts
+    kind: Kind | None
+    refusal: str | None
 
 
 def _check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -98,6 +58,9 @@ class AdamW(Optimizer):
     lr: step size. betas: decay rates of the two moments. eps: added to the root of the second, in units of the
     gradient. weight_decay: decoupled; a step multiplies weights by 1 - lr * weight_decay.
     states: an AdamStateRecipe or a mapping of its fields; None keeps float32. seed: of stochastic rounding.
+    fused: None steps CUDA parameters by the op ``adamw_step``, many in one launch, where it has a layout for their states,
+    and others eagerly (``fused_parameters`` tells which); True raises where it has none; False is eager. States and
+    checkpoints are the same. On CUDA the op's bits are those of the eager step.
 
     Parameters are float32 or bfloat16, whole or DTensors with placement Shard(0) or Replicate() on a mesh of one
     dimension. Missing gradients are skipped, non-finite ones propagate (all of a quantization block is then
@@ -118,7 +81,10 @@ class AdamW(Optimizer):
         states: AdamStateRecipe | Mapping[str, Any] | None = None,
         *,
         seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
+        self.fused, self._eager_because = fused, dict[str, str | None]()
+        self._ways: dict[tuple[object, ...], _Way] = {}
         self.recipe = states if isinstance(states, AdamStateRecipe) else AdamStateRecipe(**(states or {}))
         defaults = {
             "lr": lr,
@@ -132,7 +98,12 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:  # pickle and deepcopy; torch's own keeps three attributes only
-        return {**super().__getstate__(), "recipe": self.recipe}
+        own = {"recipe": self.recipe, "fused": self.fused, "_eager_because": self._eager_because}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ways = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if param_group.get("states", self.recipe.as_dict()) != self.recipe.as_dict():
@@ -158,6 +129,13 @@ class AdamW(Optimizer):
             if is_dtensor(p) and row_shard(self._name(p), p).mesh is not None:
                 for layout in self._layouts(p, group):
                     layout.check_sharded(self._name(p))
+            if self.fused:
+                self._check_fused(self._name(p), refusal_of_layouts(self._layouts(p, group)))
+
+    @staticmethod
+    def _check_fused(name: str, reason: str | None) -> None:
+        if reason is not None:
+            raise ValueError(f"{name} cannot be stepped with fused=True: {reason}; use fused=None or False")
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) in the order of the state dict; unnamed ones are ``parameter <index>``."""
@@ -179,11 +157,17 @@ class AdamW(Optimizer):
             self.recipe.layout("exp_avg_sq", shape, quantized),
         )
 
-    def _local_layouts(
-        self, p: Tensor, group: Mapping[str, Any], shard: RowShard
-    ) -> tuple[StateLayout, StateLayout]:
-        m, v = (layout.of_rows(shard.stop - shard.start) for layout in self._layouts(p, group))
-        return m, v
+    def _way(self, p: Tensor, group: Mapping[str, Any], shard: RowShard) -> _Way:
+        """Found once a shape: a step over many small parameters is the time of Python."""
+        key = (p.shape, group["quantize_states"], shard.stop - shard.start)
+        if (way := self._ways.get(key)) is None:
+            m, v = (layout.of_rows(shard.stop - shard.start) for layout in self._layouts(p, group))
+            reason = "fused=False" if self.fused is False else refusal_of_layouts((m, v))
+            way = self._ways[key] = _Way((m, v), None if reason else kind_of((m, v)), reason)
+        return way
+
+    def _local_layouts(self, p: Tensor, group: Mapping[str, Any], shard: RowShard) -> Layouts:
+        return self._way(p, group, shard).layouts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -192,37 +176,44 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, p, group in self._named_parameters():
-            if p.grad is not None:
-                self._step_parameter(name, p, group)
+        ready = [each for each in self._named_parameters() if each[1].grad is not None]
+        gradients = [self._checked_gradient(*each) for each in ready]  # all, before anything changes
+        self._eager_because, together = {}, FusedSteps()
+        now: dict[tuple[int, int], Numbers] = {}
+        for (name, p, group), gradient in zip(ready, gradients, strict=True):
+            shard, weights, held = row_shard(name, p), local(p), self.state[p]
+            layouts, kind, reason = self._way(p, group, shard)
+            if not held:
+                held["step"] = torch.zeros((), dtype=torch.float32)
+                for layout in layouts:
+                    held.update(layout.allocate(weights))
+            held["step"] += 1
+            step = int(held["step"].item())
+            if (at := (id(group), step)) not in now:
+                now[at] = numbers(group, step)
+            part = Part(name, weights, gradient, held, layouts, shard, now[at])
+            self._eager_because[name] = reason = reason or refusal_of_tensors(weights, gradient)
+            if reason is None and kind is not None:
+                together.add(kind, part)
+            else:
+                step_eagerly(part, step, group["seed"])
+        together.run()
         return loss
 
-    def _step_parameter(self, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-        shard, weights, grad = row_shard(name, p), local(p), local_gradient(name, p)
-        if grad.is_sparse or grad.layout != torch.strided:
+    def _checked_gradient(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        gradient = local_gradient(name, p)
+        if gradient.layout != torch.strided:
             raise RuntimeError(
                 f"{name} has a sparse gradient: AdamW decays every moment at every step; build the embedding "
                 "with sparse=False"
             )
-        layouts, held = self._local_layouts(p, group, shard), self.state[p]
-        over_shards = None if shard.mesh is None else shard.maximum
-        if not held:
-            held["step"] = torch.zeros((), dtype=torch.float32)
-            for layout in layouts:
-                held.update(layout.allocate(weights))
-        held["step"] += 1
-        step = int(held["step"].item())
-        now = _numbers(group, step)
-        for start, rows in _chunks(weights, all(layout.by_rows for layout in layouts)):
-            part = weights[rows]
-            m, v = (layout.read(held, rows) for layout in layouts)
-            w = part if p.dtype == torch.float32 else part.to(torch.float32)
-            _update(w, grad[rows].to(torch.float32), m, v, now)
-            if w is not part:
-                part.copy_(w)
-            for layout, values in zip(layouts, (m, v), strict=True):
-                noise = _noise(layout, name, group["seed"], step, shard.start + start, values)
-                layout.write(held, values, rows, noise, over_shards)
+        if self.fused:
+            self._check_fused(name, refusal_of_tensors(local(p), gradient))
+        return gradient
+
+    def fused_parameters(self) -> dict[str, str | None]:
+        """How the last step stepped each parameter: name -> None in the op ``adamw_step``, else why eagerly."""
+        return dict(self._eager_because)
 
     def state_layouts(self, p: Tensor) -> tuple[StateLayout, StateLayout]:
         """How the two moments of p, or of its local rows, lie in ``state[p]``. Raises KeyError where p is not optimized
@@ -302,14 +293,3 @@ class AdamW(Optimizer):
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         for p, held in loaded.items():
             self.state[p] = held
-
-
-def _noise(layout: StateLayout, name: str, seed: int, step: int, start: int, values: Tensor) -> Tensor | None:
-    """Uniform [n, K] for stochastic rounding, named by (seed, step, parameter and moment, row, column): the same
-    bits whatever the chunks, the shards and the resumes. None where rounding is to nearest."""
-    if layout.spec is None or not layout.spec.stochastic:
-        return None
-    seeds = torch.tensor([seed, step], dtype=torch.int64, device=values.device)
-    columns = layout.matrix[1]
-    stream = stream_id(f"{name}/{layout.kind}")
-    return uniform(random_bits(seeds[0], seeds[1], stream, values.numel() // columns, columns, start))

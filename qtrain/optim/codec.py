@@ -1,16 +1,9 @@
 """Tables that encode and decode optimizer states fast, to the same bits as ``qtrain.quant``.
 
 A codebook rounds by binary search, once to a level and once more to its code: 70 ns an element for the dynamic
-map on one CPU core, twenty times the rest of an Adam step. Rounding is monotone, however, so that a cell of
-65536 neighbouring float32 patterns (equal upper 16 bits: sign, exponent and 7 bits of fraction) meets two codes
-at most wherever the grid is coarser than 2^-7 of the value. One table then answers any rounding:
-
-    entry = table[bits(v) >> 16] = (last lower pattern of the first code, second code, first code)
-    code  = first if (bits(v) & 0xFFFF) <= lower pattern else second
-
-The table is found by bisection over the patterns with the format's own ``round`` and ``encode``, so that ties
-fall as they do there and formats from outside work too; a format too fine for it has no table. Codes of a NaN
-are unspecified: its block's scale is NaN and decodes all of it to NaN.
+map on one CPU core, twenty times the rest of an Adam step. One look-up in a table made of the format's own ``round`` and
+``encode`` (``qtrain_kernels.code_table``) gives the same code, for formats from outside too; a format too fine for it
+has no table. Codes of a NaN are unspecified: its block's scale is NaN and decodes all of it to NaN.
 
 F rows, K columns, of the matrix that a state is; nc blocks of c columns a row.
 """
@@ -20,44 +13,23 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import qtrain_kernels.code_table
 import torch
 from torch import Tensor
 
 from qtrain.quant import NumberFormat, QTensor, QuantSpec, dequantize, quantize
 from qtrain.quant.formats import IntegerFormat
 
-CELLS = 1 << 16
-
-
-def _code_at(number_format: NumberFormat, patterns: Tensor) -> Tensor:
-    """int64 patterns below 2^32 -> int64 codes of the float32 they spell."""
-    signed = torch.where(patterns >= 1 << 31, patterns - (1 << 32), patterns)
-    values = signed.to(torch.int32).view(torch.float32)
-    return number_format.encode(number_format.round(values)).to(torch.int64)
-
 
 @cache
 def code_table(number_format: NumberFormat) -> Tensor | None:
-    """[65536] int32 entries (pattern << 16 | second << 8 | first), on the CPU; None where a cell meets more than
-    two codes."""
-    cells = torch.arange(CELLS, dtype=torch.int64) << 16
-    first, second = _code_at(number_format, cells), _code_at(number_format, cells | 0xFFFF)
-    infinite = (cells >> 16) & 0x7FFF == 0x7F80  # begins with infinity, goes on with NaNs: all saturate
-    second = torch.where(infinite, first, second)
-    low, high = torch.zeros_like(cells), torch.full_like(cells, 0xFFFF)
-    for _ in range(16):  # halves 2^16 patterns down to one
-        middle = (low + high + 1) >> 1
-        still_first = _code_at(number_format, cells | middle) == first
-        low, high = torch.where(still_first, middle, low), torch.where(still_first, high, middle - 1)
-    after = _code_at(number_format, cells | torch.clamp(low + 1, max=0xFFFF))
-    if not bool(((first == second) | (after == second)).all()):
-        return None
-    entry = (low << 16) | (second << 8) | first
-    return torch.where(entry >= 1 << 31, entry - (1 << 32), entry).to(torch.int32)
+    """``qtrain_kernels.code_table`` of a format, on the CPU; None where it has none."""
+    return qtrain_kernels.code_table.code_table(lambda v: number_format.encode(number_format.round(v)))
 
 
 @cache
-def _code_table_on(number_format: NumberFormat, device: torch.device) -> Tensor | None:
+def code_table_on(number_format: NumberFormat, device: torch.device) -> Tensor | None:
+    """``code_table`` on a device, made once."""
     table = code_table(number_format)
     return None if table is None else table.to(device)
 
@@ -76,13 +48,10 @@ def nearest_codes(v: Tensor, number_format: NumberFormat) -> Tensor:
     """float32 in units of the scale -> uint8 codes of the nearest grid values, of the same shape."""
     if isinstance(number_format, IntegerFormat):  # arithmetic beats any table
         return number_format.encode(number_format.round(v))
-    table = _code_table_on(number_format, v.device)
+    table = code_table_on(number_format, v.device)
     if table is None:
         return number_format.encode(number_format.round(v))
-    bits = v.contiguous().view(torch.int32)
-    entry = table.index_select(0, ((bits >> 16) & 0xFFFF).reshape(-1)).reshape(v.shape)
-    is_first = (bits & 0xFFFF) <= ((entry >> 16) & 0xFFFF)
-    return torch.where(is_first, entry, entry >> 8).to(torch.uint8)  # the conversion keeps the low byte
+    return qtrain_kernels.code_table.look_up(table, v)
 
 
 def _plain(spec: QuantSpec) -> bool:

@@ -24,7 +24,7 @@ from qtrain.data.corpus import DataPlan, PreparedText
 from qtrain.data.mixture import Mixture
 from qtrain.data.tokenizers import BpeTraining, Tokenizer
 from qtrain.models.protocol import ModelConfig
-from qtrain.nn.native import obstacles
+from qtrain.nn.native_ops import missing_on, obstacles
 from qtrain.optim import parameter_groups
 from qtrain.quant import ModelRecipe
 
@@ -176,11 +176,9 @@ def _check_compute(recipe: ModelRecipe, device: str) -> None:
         return
     if device == "cpu":
         tier()
-    elif recipe.compute == "native":
-        raise ValueError(f"compute=native on {device}: the int8 GEMM is one for CPUs; pass compute=simulated")
     if recipe.compute == "native":
         for linear in (recipe.linear, *(rule.recipe for rule in recipe.rules)):
-            if linear is not None and (found := obstacles(linear)):
+            if linear is not None and (found := obstacles(linear) or [missing_on(device, linear)])[0]:
                 raise ValueError(f"compute=native: {'; '.join(found)}; or pass compute=simulated")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qtrain.commands import bench, bench_fake_quant
+from qtrain.commands import bench, bench_fake_quant, bench_timing
 
 TINY: dict[str, Any] = {
     "model": {
@@ -101,17 +101,19 @@ def test_run_prints_a_table_and_writes_the_file_atomically(
 def test_arms_are_interleaved_in_rotating_order() -> None:
     calls: list[tuple[str, int]] = []
     steps = {name: (lambda i, name=name: calls.append((name, i))) for name in "abc"}
-    wall, cpu = bench.timed_in_turns(steps, "cpu", rounds=3, warmup_rounds=1)
+    wall, cpu = bench_timing.timed_in_turns(steps, "cpu", rounds=3, warmup_rounds=1)
     assert ["".join(n for n, j in calls if j == i) for i in range(4)] == ["abc", "bca", "cab", "abc"]
     assert {len(v) for v in (*wall.values(), *cpu.values())} == {3}
 
 
 def test_ratio_and_interval_of_known_samples() -> None:
     base = np.random.default_rng(1).normal(100.0, 5.0, 40)
-    ratio, low, high = bench.ratio_interval(list(1.5 * base), list(base))
+    ratio, low, high = bench_timing.ratio_interval(list(1.5 * base), list(base))
     # Rounds are resampled as pairs, so a constant factor has no uncertainty
     assert (ratio, low, high) == (pytest.approx(1.5), pytest.approx(1.5), pytest.approx(1.5))
-    ratio, low, high = bench.ratio_interval(list(np.random.default_rng(2).normal(100.0, 5.0, 40)), list(base))
+    ratio, low, high = bench_timing.ratio_interval(
+        list(np.random.default_rng(2).normal(100.0, 5.0, 40)), list(base)
+    )
     assert low < 1.0 < high
     assert low < ratio < high
     # A median of 40 varies by 1.25 * 5 / sqrt(40) = 1 %, a ratio of two by 1.4 %, 95 % is +-2.8 %
@@ -123,7 +125,7 @@ def test_the_interval_covers_about_95_percent() -> None:
     covered = 0
     for _ in range(60):
         a, b = rng.lognormal(0.0, 0.1, 25), rng.lognormal(0.0, 0.1, 25)
-        _, low, high = bench.ratio_interval(list(a), list(b))
+        _, low, high = bench_timing.ratio_interval(list(a), list(b))
         covered += low <= 1.0 <= high
     # Binomial(60, 0.95) falls below 51 with probability 0.002
     assert covered >= 51
@@ -258,11 +260,16 @@ def test_linear_has_a_row_a_shape_and_a_floor(tmp_path: Path, capsys, monkeypatc
     assert "| 8, 16, 24 |" in capsys.readouterr().out
 
 
-def test_native_arms_are_for_the_cpu(monkeypatch) -> None:
+def test_on_a_gpu_train_and_linear_are_its_own_benchmarks(monkeypatch) -> None:
+    asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for changes in ({"what": "train", "arms": None}, {"what": "linear", "arms": None}):
-        with pytest.raises(ValueError, match="its kernels are for CPUs; pass device=cpu"):
-            bench.check(config(device="cuda", **changes))
+    monkeypatch.setattr(bench.bench_linear_cuda, "check", lambda cfg: asked.append("linear"))
+    monkeypatch.setattr(bench.bench_train_cuda, "check", lambda cfg, model: asked.append(f"{model.width}"))
+    bench.check(config(device="cuda", what="linear", arms=["native_fp8"]))
+    bench.check(config(device="auto", what="train", arms=["native_fp8"]))
+    assert asked == ["linear", "16"]
+    with pytest.raises(ValueError, match="native_fp8"):
+        bench.check(config(device="cpu", what="train", arms=["native_fp8"]))
 
 
 def test_the_native_arm_is_native(monkeypatch) -> None:

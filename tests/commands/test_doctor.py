@@ -165,3 +165,19 @@ def test_the_cpu_kernels_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_tier, "tier", refused)
     assert doctor.cpu_kernels_line().status == "missing"
+
+
+def test_the_gpu_kernels_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain.nn import native_ops
+
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.6.0")
+    monkeypatch.setattr(native_ops, "kinds_on", lambda device: ["int8", "fp8"] if device == "cuda" else [])
+    assert str(doctor.gpu_kernels_line(0, (9, 0))) == (
+        "ok      gpu 0 kernels   compute=native multiplies int8 and fp8 codes"
+    )
+    assert doctor.gpu_kernels_line(0, (8, 0)).text == "compute=native multiplies int8 codes"
+    assert doctor.gpu_kernels_line(0, (7, 5)).status == "note"
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert "pip install 'triton>=3.6'" in doctor.gpu_kernels_line(0, (9, 0)).text
+    monkeypatch.setattr(native_ops, "kinds_on", lambda device: [])
+    assert doctor.gpu_kernels_line(0, (9, 0)).text.startswith("compute=native raises here; ")

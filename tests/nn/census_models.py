@@ -21,15 +21,21 @@ Probe = Callable[[nn.Module], Tensor]
 
 def loss_of(dtype: str) -> Probe:
     def probe(model: nn.Module) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(TOKENS[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), TOKENS[:, 1:].flatten())
+        tokens = TOKENS.to(next(model.parameters()).device)
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
+            logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
     return probe
 
 
 def gpt(
-    name: str = "int8_reused", *, layers: int = 1, compute: str = "simulated", **changes: Any
+    name: str = "int8_reused",
+    *,
+    layers: int = 1,
+    compute: str = "simulated",
+    device: str = "cpu",
+    **changes: Any,
 ) -> tuple[GPT, Any]:
     """A converted model with biases that are not zero, and its report, at some step of its clock."""
     config = GPTConfig(
@@ -40,6 +46,7 @@ def gpt(
     for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    model.to(device)
     recipe = LAYERS[name] if isinstance(name, str) else name
     report = apply_recipe(model, ModelRecipe(linear=LinearRecipe(**recipe), compute=compute), seed=5)
     report.clock.set(step=7, token_offset=320)

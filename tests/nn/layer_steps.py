@@ -42,12 +42,12 @@ def step(layer: nn.Module, x: Tensor, *, autocast: bool, g: Tensor | None = None
     """y, dx, dW, db and g of one forward and backward."""
     x = x.detach().clone().requires_grad_()
     layer.zero_grad()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
         y = layer(x)
     if g is None:
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
         g[..., 2, :] = 0.0 if y.dim() > 1 else g[..., 2, :]
-    g = g.to(y.dtype)
+    g = g.to(y)
     y.backward(g)
     out = {"y": y.detach(), "dx": x.grad, "dW": layer.weight.grad, "g": g}
     return out if layer.bias is None else {**out, "db": layer.bias.grad}

@@ -16,13 +16,15 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from qtrain.optim import AdamW, check_shardable, parameter_groups
+from qtrain.optim import AdamW, check_shardable, fused, parameter_groups
 
 Parameters = dict[str, nn.Parameter]
 Place = Callable[[str, torch.Tensor], torch.Tensor]
@@ -43,6 +45,8 @@ STATES: dict[str, tuple[Any, Any]] = {
     "two_levels": ("nvfp4", "nvfp4"),
     "stochastic": ("dynamic8_sr", "uint8_row_sr"),
     "stochastic_bf16": ("int8_tensor_sr", "nvfp4_sr"),
+    "fused": ("dynamic8", "dynamic8"),  # by the op, which runs its reference on a CPU
+    "fused_bf16": ("dynamic4_group128", "linear4_nozero_group128"),
 }
 SHAPES = {
     "one": (1, 300),
@@ -93,7 +97,8 @@ def build(case: str, place: Place) -> tuple[Parameters, AdamW]:
     ]
     m, v = STATES[case]
     states = {"exp_avg": m, "exp_avg_sq": v, "min_numel": MIN_NUMEL}
-    return params, AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, states=states, seed=2**40 + 5)
+    more = {"states": states, "seed": 2**40 + 5, "fused": True if case.startswith("fused") else None}
+    return params, AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, **more)
 
 
 def train(params: Parameters, optimizer: AdamW, steps: range, place: Place = as_it_is) -> None:
@@ -101,7 +106,8 @@ def train(params: Parameters, optimizer: AdamW, steps: range, place: Place = as_
         for name, p in params.items():
             g = gradient(name, step, p.dtype)
             p.grad = None if g is None else place(name, g)
-        optimizer.step()
+        with mock.patch.object(fused, "DEVICES", ("cpu",)) if optimizer.fused else nullcontext():
+            optimizer.step()
 
 
 def poisoned(states: str, value: float, place: Place) -> tuple[Parameters, AdamW]:

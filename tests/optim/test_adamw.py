@@ -12,7 +12,7 @@ import torch
 from qtrain_kernels.counter_hash import random_bits, stream_id, uniform
 
 from qtrain.optim import AdamStateRecipe, AdamW
-from qtrain.optim import adamw as module
+from qtrain.optim import eager as module
 from qtrain.quant import QuantSpec, dequantize, quantize
 
 STATES = [

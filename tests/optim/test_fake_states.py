@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtrain.optim import AdamStateRecipe, AdamW
-from qtrain.optim import adamw as module
+from qtrain.optim import eager as module
 
 STATES = [
     ("int8_tensor", "int8_tensor"),
