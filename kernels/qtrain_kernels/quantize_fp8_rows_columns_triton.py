@@ -30,8 +30,7 @@ def launch(
         x, row_format, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_format, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
-    declaration.check(*arguments)
-    outputs = declaration._fake(*arguments)
+    outputs = declaration._fake(*arguments)  # checks them, too
     rows = _side(row_format, row_stochastic, row_per_tensor, row_stream, row_fold)
     columns = _side(column_format, column_stochastic, column_per_tensor, column_stream, column_fold)
     quantize(x, rows, columns, (seed, step, row_offset), outputs)
