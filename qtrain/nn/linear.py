@@ -97,17 +97,8 @@ class QuantizedLayer(nn.Module):
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in (
-            "recipe",
-            "clock",
-            "name",
-            "stream",
-            "native",
-            "prologue",
-            "shared",
-            "quantizers",
-            "plain",
-        ):
+        own = ("recipe", "clock", "name", "stream", "native", "prologue", "shared", "steps", "devices")
+        for attribute in (*own, "quantizers", "plain"):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
