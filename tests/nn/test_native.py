@@ -270,10 +270,9 @@ def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert report.compute == f"simulated ({lacks})"
     monkeypatch.undo()
     monkeypatch.setattr("qtrain.nn.native_ops._references_run", False)
-    apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
-    monkeypatch.setattr(int8_scaled_mm, "kernels", {})
-    with pytest.raises(RuntimeError, match="0: compute=native: int8 on cpu has no kernel of int8_scaled_mm"):
-        model[0](torch.zeros(3, 8))
+    monkeypatch.setattr(int8_scaled_mm, "kernels", {"cuda": ""})
+    with pytest.raises(RuntimeError, match="up: compute=native: int8 on cpu has no kernel of int8_scaled_mm"):
+        layer_of("int8_reused", 8, 8)(torch.zeros(3, 8))
 
 
 def test_the_short_way_to_a_kernel_gives_the_bits_of_the_op_and_is_counted() -> None:
