@@ -190,6 +190,18 @@ def test_saved_for_the_backward(saved: str) -> None:
     assert (held <= 0.55 * bf16) == (saved == "quantized"), held / bf16
 
 
+def test_a_layer_that_first_runs_compiled_is_compiled_once() -> None:
+    """Its first call leaves nothing behind that a guard of the graph would see change."""
+    torch.compiler.reset()
+    layer, graphs = layer_of("int8_reused", 16, 24), []
+    compiled = torch.compile(
+        layer, fullgraph=True, backend=lambda module, inputs: graphs.append(module) or module
+    )
+    for _ in range(3):
+        compiled(torch.randn(4, 16))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     "name",
     ["int8_reused", "reused_saved_stochastic", "forward_alone", "fp8_row_reused_stochastic", "fp8_row"],
