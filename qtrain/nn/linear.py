@@ -31,8 +31,7 @@ class QuantizedLayer(nn.Module):
     """A linear layer with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
     names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O].
     ``native``: whether its GEMMs run on codes (``nn.native``) or are simulated. ``prologue``: the function that it owns
-    of what it reads, or None. ``shared``: the model's codes at hand. ``steps``, ``devices``: what a native one read off its recipe,
-    and the types of devices that it was found to run on."""
+    of what it reads, or None. ``shared``: the model's codes at hand. ``steps``: what a native one read off its recipe."""
 
     stores_transposed = False
     weight: Tensor
@@ -45,7 +44,6 @@ class QuantizedLayer(nn.Module):
     prologue: Prologue | None
     shared: SharedCodes | None
     steps: NativeSteps | None
-    devices: tuple[str, ...]
     plain: type[nn.Module]
     quantizers: Quantizers | None
 
@@ -88,7 +86,7 @@ class QuantizedLayer(nn.Module):
         layer.recipe, layer.clock, layer.name = recipe, clock, name
         layer.stream, layer.native = stream_id(name), native
         layer.prologue, layer.shared = prologue, shared
-        layer.steps, layer.devices = NativeSteps.of(recipe) if native else None, ()
+        layer.steps = NativeSteps.of(recipe) if native else None
         quantizers = Quantizers(recipe, k_major(layer))
         layer.quantizers = quantizers if len(quantizers) else None
         clock.follow(layer.weight.device)
@@ -97,17 +95,8 @@ class QuantizedLayer(nn.Module):
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in (
-            "recipe",
-            "clock",
-            "name",
-            "stream",
-            "native",
-            "prologue",
-            "shared",
-            "quantizers",
-            "plain",
-        ):
+        own = ("recipe", "clock", "name", "stream", "native", "prologue", "shared", "steps")
+        for attribute in (*own, "quantizers", "plain"):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
@@ -128,11 +117,10 @@ class QuantizedLayer(nn.Module):
     def _native_steps(self, device: str) -> NativeSteps:
         """Of the recipe that it has now. Raises RuntimeError on a device without the kernels."""
         if self.steps is None or self.steps.recipe is not self.recipe:
-            self.steps, self.devices = NativeSteps.of(self.recipe), ()
-        if device not in self.devices:
-            if missing := missing_on(device, self.recipe):
-                raise RuntimeError(f"{self.name}: compute=native: {missing}; pass recipe.compute=simulated")
-            self.devices = (*self.devices, device)
+            self.steps = NativeSteps.of(self.recipe)
+        if device not in self.steps.devices:
+            missing = missing_on(device, self.recipe)
+            raise RuntimeError(f"{self.name}: compute=native: {missing}; pass recipe.compute=simulated")
         return self.steps
 
     def read(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from qtrain_kernels.fp8_scaled_mm import fp8_scaled_mm
 from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
-from qtrain_kernels.op import Op
+from qtrain_kernels.op import DEVICES, Op
 from qtrain_kernels.quantize_fp8_rows_columns import quantize_fp8_rows_columns
 from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import Tensor
@@ -135,6 +135,7 @@ class NativeSteps:
 
     operands: those that are quantized. fprop, dgrad, wgrad: whether that GEMM multiplies codes; else both of its operands
     are in high precision. keeps_codes: of the input, for the backward. own_input: whether wgrad quantizes it for itself.
+    devices: the types that have kernels for it.
     """
 
     recipe: LinearRecipe
@@ -147,6 +148,7 @@ class NativeSteps:
     keeps_codes: bool
     own_input: bool
     plain_wgrad: bool
+    devices: tuple[str, ...]
 
     @staticmethod
     def of(recipe: LinearRecipe) -> NativeSteps:
@@ -170,6 +172,7 @@ class NativeSteps:
             keeps_codes=recipe.saved == "quantized",
             own_input=recipe.saved == "quantized" and recipe.wgrad.input != "fprop",
             plain_wgrad=recipe.wgrad.input is None,
+            devices=tuple(device for device in DEVICES if not missing_on(device, recipe)),
         )
 
 

@@ -190,6 +190,18 @@ def test_saved_for_the_backward(saved: str) -> None:
     assert (held <= 0.55 * bf16) == (saved == "quantized"), held / bf16
 
 
+def test_a_layer_that_first_runs_compiled_is_compiled_once() -> None:
+    """Its first call leaves nothing behind that a guard of the graph would see change."""
+    torch.compiler.reset()
+    layer, graphs = layer_of("int8_reused", 16, 24), []
+    compiled = torch.compile(
+        layer, fullgraph=True, backend=lambda module, inputs: graphs.append(module) or module
+    )
+    for _ in range(3):
+        compiled(torch.randn(4, 16))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     "name",
     ["int8_reused", "reused_saved_stochastic", "forward_alone", "fp8_row_reused_stochastic", "fp8_row"],
@@ -270,10 +282,9 @@ def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert report.compute == f"simulated ({lacks})"
     monkeypatch.undo()
     monkeypatch.setattr("qtrain.nn.native_ops._references_run", False)
-    apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
-    monkeypatch.setattr(int8_scaled_mm, "kernels", {})
-    with pytest.raises(RuntimeError, match="0: compute=native: int8 on cpu has no kernel of int8_scaled_mm"):
-        model[0](torch.zeros(3, 8))
+    monkeypatch.setattr(int8_scaled_mm, "kernels", {"cuda": ""})
+    with pytest.raises(RuntimeError, match="up: compute=native: int8 on cpu has no kernel of int8_scaled_mm"):
+        layer_of("int8_reused", 8, 8)(torch.zeros(3, 8))
 
 
 def test_the_short_way_to_a_kernel_gives_the_bits_of_the_op_and_is_counted() -> None:
