@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from .curves import Operand, Series
-from .limits import FALL_DB, LOW_FORWARD_DB, LOW_GRADIENT_DB, MAX_LOGIT, NOISE_FLOOR, STALLED_SHARE, ZERO_BIN
+from .limits import (
+    FALL_DB,
+    LEAST_SAMPLES,
+    LOW_FORWARD_DB,
+    LOW_GRADIENT_DB,
+    MAX_LOGIT,
+    NOISE_FLOOR,
+    STALLED_SHARE,
+    ZERO_BIN,
+)
 from .run_records import RunRecord
 
 
@@ -70,6 +79,29 @@ def low_operands(run: RunRecord) -> list[tuple[float, str]]:
     more = f" (and {len(low) - 1} more operands)" if len(low) > 1 else ""
     text = f"the SQNR of {operand} is {middle:.1f} dB from step {first} on, below {_limit(operand):.1f}{more}"
     return [(middle, text)]
+
+
+def lasting_trouble(run: RunRecord) -> list[str]:
+    """A sentence for the weight gradient that quantization noise hides, and for the attention that is saturated, over most of
+    the run: the worst median of LEAST_SAMPLES samples or more. A passing dip is a note (``worst_instruments``)."""
+    found = []
+    for suffix, sign, limit, text in (
+        ("/noise_floor", 1, NOISE_FLOOR, "{0} is {1:.2f} from step {2} on, below {3:g}: quantization noise hides the gradient"),
+        ("/max_logit", -1, MAX_LOGIT, "{0} is {1:.0f} from step {2} on, above {3:g}: attention is saturated"),
+    ):  # fmt: skip
+        lasting = []
+        for name, (steps, values) in run.curves.instruments.items():
+            known = ~np.isnan(values)
+            if not name.endswith(suffix) or known.sum() < LEAST_SAMPLES:
+                continue
+            middle = float(np.median(values[known]))
+            beyond = known & (sign * values < sign * limit)
+            if sign * middle < sign * limit:
+                lasting.append((sign * middle, name, int(steps[np.flatnonzero(beyond)[0]])))
+        if lasting:
+            worst, name, first = min(lasting)
+            found.append(text.format(name, sign * worst, first, limit))
+    return found
 
 
 def failing_operand(run: RunRecord, step: int | None) -> Blame | None:

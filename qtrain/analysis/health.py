@@ -1,7 +1,8 @@
 """The verdict on a run, in one sentence, with the numbers that it rests on.
 
 healthy      nothing below was seen
-noisy        it trained, with spikes, or with operands that lose much of what they carry
+noisy        it trained, with spikes, with operands that lose much of what they carry, with weight gradients that the noise
+             of quantization hides, or with saturated attention
 unstable     the loss left its course and came back, or an operand is more noise than signal
 diverged     a loss or gradient was not finite, or the loss ended far above what it had been
 incomplete   killed, interrupted or running; no alarm until there
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import curve_scores
-from .blame import Blame, failing_operand, low_operands, worst_instruments
+from .blame import Blame, failing_operand, lasting_trouble, low_operands, worst_instruments
 from .instrument_records import Alert
 from .limits import (
     CLIP_SHARE,
@@ -75,6 +76,7 @@ def judge(run: RunRecord, reference: RunRecord | None = None) -> Health:
     spiky, notes = _spike_alarms(run, shared)
     low, kept = low_operands(run), _notes(run)
     alarms += [*spiky, *(_Alarm(NOISY if db > 0 else UNSTABLE, text) for db, text in low)]
+    alarms += [_Alarm(NOISY, text) for text in lasting_trouble(run)]
     of_course = [a for a in alarms if a.verdict in (DIVERGED, UNSTABLE, NOISY)]
     verdict = next(
         (v for v in (DIVERGED, FAILED, UNSTABLE, NOISY) if any(a.verdict == v for a in alarms)), None

@@ -43,6 +43,8 @@ FALL_DB = 3.0
 # Attention logits above this saturate softmax (arXiv 2302.05442, section 2.2: logits grew beyond, and training diverged;
 # where Kimi K2 begins to shrink queries and keys, arXiv 2507.20534, section 2.1)
 MAX_LOGIT = 100.0
+# Samples of an instrument of which the median is the run's, and not a moment's
+LEAST_SAMPLES = 3
 # Nearly no code of a moment changes from step to step: of 8-bit EMA states with beta 0.95 several percent always do
 STALLED_SHARE = 0.99
 # Second moments that decode to 0 while they are above it (arXiv 2309.01507, section 3); a share that a tensor may have by chance

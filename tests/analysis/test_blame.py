@@ -12,6 +12,7 @@ import pytest
 
 from qtrain.analysis.blame import (
     failing_operand,
+    lasting_trouble,
     low_operands,
     lowest_sqnr,
     sqnr_series,
@@ -163,6 +164,22 @@ def test_the_moment_that_lost_most_is_named_and_a_chance_share_is_none() -> None
         == "look at a.weight/exp_avg_sq first: 30.0% of its second moments are stored as 0 at step 100"
     )
     assert failing_operand(record({"optim/a.weight/exp_avg_sq.zero_bin": [0.001] * 3}), None) is None
+
+
+def test_trouble_that_lasts_is_more_than_a_note() -> None:
+    floor, logit = "quant/a/dW/noise_floor", "attention/a/max_logit"
+    assert lasting_trouble(record({floor: [0.5, 1.0, 3.0], logit: [500.0, 100.0, 9.0]})) == []
+    assert lasting_trouble(record({floor: [0.5, 0.5]}, steps=(1, 2))) == []
+    assert lasting_trouble(record({floor: [0.5, math.nan, 0.5]})) == []
+    found = lasting_trouble(
+        record(
+            {floor: [3.0, 0.9, 0.9], "quant/b/dW/noise_floor": [0.7, 2.0, 0.8], logit: [9.0, 101.0, 300.0]}
+        )
+    )
+    assert found == [
+        "quant/b/dW/noise_floor is 0.80 from step 100 on, below 1: quantization noise hides the gradient",
+        "attention/a/max_logit is 101 from step 200 on, above 100: attention is saturated",
+    ]
 
 
 def test_notes_name_the_worst_of_each_kind() -> None:
