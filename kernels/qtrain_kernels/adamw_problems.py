@@ -139,6 +139,12 @@ def _edges(gradients: list[Tensor]) -> None:
     gradients[4].view(-1)[0] = 1e10  # one outlier takes the range of its block
 
 
+def _ties(gradients: list[Tensor]) -> None:
+    """With beta1 = 0 the first moment is the gradient; here it lies on the midpoints, and its scale is 1."""
+    levels = _codebook("cubic8")
+    gradients[0][:] = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.ones(1)])
+
+
 def cases() -> dict[str, Callable[[], Inputs]]:
     bf16 = torch.bfloat16
     eight, four, fp8 = ("cubic8", "cubic8_unsigned"), ("cubic4", "linear4_nozero"), ("e4m3", "e4m3")
@@ -152,6 +158,7 @@ def cases() -> dict[str, Callable[[], Inputs]]:
         "8 bit, edges": lambda: problem(ODD, *eight, change=_edges),
         "8 bit, no decay, beta1 0": lambda: problem(ODD, *eight, weight_decay=0.0, beta1=0.0),
         "8 bit, beta1 .3, beta2 0, eps 0": lambda: problem(ODD, *eight, beta1=0.3, beta2=0.0, eps=0.0),
+        "8 bit, ties": lambda: problem(ODD[:1], *eight, change=_ties, beta1=0.0),
         "8 bit, rows": lambda: problem(ODD, *eight, block=WHOLE_ROW),
         "4 bit": lambda: problem(ODD, *four, block=128),
         "4 bit, aligned, bf16": lambda: problem(ALIGNED, *four, block=128, weights=bf16, gradients=bf16),
