@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from optimizer_states_runs import BASELINE
+from study_runs import BASELINE
 
 from qtrain.analysis.paired import CONFIDENCE, student_t
 

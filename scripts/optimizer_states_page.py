@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optimizer_states_arms import ARMS
 from optimizer_states_claims import ArmResult, Gap, Interval, Verdict, gap_between
-from optimizer_states_runs import ARMS, BASELINE, Run
+from study_page import provenance, row
+from study_runs import BASELINE, Run
 
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
-from qtrain.training.run_folder import SUMMARY, WINDOW_LOSSES, write_text
+from qtrain.training.run_folder import SUMMARY, WINDOW_LOSSES
 
-BEGIN, END = (
-    "<!-- results: written by scripts/reproduce_optimizer_states.sh -->",
-    "<!-- end of the results -->",
-)
+SCRIPT = "reproduce_optimizer_states.sh"
 SMOOTHED_STEPS = 10
 
 
@@ -28,30 +26,17 @@ def read_results(runs: Sequence[Run]) -> dict[str, ArmResult]:
     for arm in dict.fromkeys(run.arm.name for run in runs):
         mine = [run for run in runs if run.arm.name == arm]
         rows = [np.load(r.folder / WINDOW_LOSSES) if r.outcome == "completed" else None for r in mine]
-        counts = {len(row) for row in rows if row is not None}
+        counts = {len(losses) for losses in rows if losses is not None}
         if len(counts) > 1:
             raise ValueError(
                 f"the runs of {arm} were validated on {sorted(counts)} windows; run them anew alike"
             )
         windows = np.full((len(mine), *(counts or {0})), np.nan)
-        for i, row in enumerate(rows):
-            if row is not None:
-                windows[i] = row
+        for i, losses in enumerate(rows):
+            if losses is not None:
+                windows[i] = losses
         results[arm] = ArmResult(np.array([r.val_loss for r in mine]), windows)
     return results
-
-
-def check_alike(runs: Sequence[Run]) -> None:
-    """Raises ValueError unless all runs were validated on the same tokens."""
-    found = {}
-    for run in runs:
-        if run.outcome == "completed":
-            data = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))["data"]
-            found.setdefault(json.dumps(data, sort_keys=True), run.name)
-    if len(found) > 1:
-        raise ValueError(
-            f"{' and '.join(found.values())} were validated on other data; run them anew with the same"
-        )
 
 
 def _interval(interval: Interval, digits: int) -> str:
@@ -62,10 +47,6 @@ def _gap_cells(gap: Gap, digits: int) -> list[str]:
     return [f"{gap.mean:+.{digits}f}", _interval(gap.over_seeds, digits), _interval(gap.over_windows, digits)]
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def claims_table(verdicts: Sequence[Verdict]) -> list[str]:
     lines = [
         "| claim | expected | measured | seeds (95 %) | windows (95 %) | seeds that agree | |",
@@ -74,7 +55,7 @@ def claims_table(verdicts: Sequence[Verdict]) -> list[str]:
     for v in verdicts:
         agree = f"{v.agree} of {len(v.gap.per_seed)}, p = {v.p:.3f}"
         cells = [v.claim.text, v.claim.expected(), *_gap_cells(v.gap, 3), agree, f"**{v.outcome}**"]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return lines
 
 
@@ -92,7 +73,7 @@ def arms_table(results: Mapping[str, ArmResult], runs: Sequence[Run]) -> list[st
             if arm.name == BASELINE
             else [*_gap_cells(gap, 4), " ".join(f"{g:+.4f}" for g in gap.per_seed)]
         )
-        lines.append(_row([arm.label, f"{result.val_losses.mean():.4f}", *cells, _moments(runs, arm.name)]))
+        lines.append(row([arm.label, f"{result.val_losses.mean():.4f}", *cells, _moments(runs, arm.name)]))
     return lines
 
 
@@ -102,28 +83,6 @@ def _moments(runs: Sequence[Run], arm: str) -> str:
             held = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))["optimizer_state_bytes"]
             return f"{held['total'] / 1e6:.2f}"
     return ""
-
-
-def provenance(runs: Sequence[Run], settings: Sequence[str]) -> list[str]:
-    """What was run, with which code, when, and what it cost."""
-    versions = [json.loads((run.folder / "versions.json").read_text(encoding="utf-8")) for run in runs]
-    commits = sorted({f"{v['git_commit']}{' (modified)' if v['git_modified'] else ''}" for v in versions})
-    first = versions[0]
-    packages = ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "lightning", "numpy"))
-    attempts = [
-        json.loads(line) for run in runs for line in (run.folder / "attempts.jsonl").read_text().splitlines()
-    ]
-    minutes = sum(run.cpu_seconds for run in runs) / 60
-    days = sorted(
-        {time.strftime("%Y-%m-%d", time.gmtime((r.folder / "verdict.json").stat().st_mtime)) for r in runs}
-    )
-    seeds = sorted({run.seed for run in runs})
-    return [
-        f"Command: `bash scripts/reproduce_optimizer_states.sh{''.join(f' {s}' for s in settings)}`, commit {', '.join(commits)}.",
-        f"{packages}; {first['platform']}. {', '.join(days)}.",
-        f"{len(runs)} runs ({len(seeds)} seeds) in {len(attempts)} attempts, {minutes:.0f} minutes of processor time on "
-        f"one core each.",
-    ]
 
 
 def section(
@@ -141,19 +100,8 @@ def section(
         "the two intervals do.",
         f"The baseline's loss has a standard deviation of {spread:.4f} over seeds; gaps are between runs of one seed.",
     ]
-    blocks = [claims_table(verdicts), notes, arms_table(results, runs), provenance(runs, settings)]
+    blocks = [claims_table(verdicts), notes, arms_table(results, runs), provenance(SCRIPT, runs, settings)]
     return "\n\n".join("\n".join(block) for block in blocks)
-
-
-def write_page(page: Path, text: str) -> None:
-    """Puts ``text`` between the markers of ``page``. Raises ValueError where it has none."""
-    old = page.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(
-            f"{page}: the results go between a line {BEGIN!r} and a later one {END!r}; put them there"
-        )
-    before, after = old[: old.index(BEGIN)], old[old.index(END) :]
-    write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{after}")
 
 
 def _curve(run: Run) -> np.ndarray:

@@ -9,52 +9,25 @@ About 30 minutes of processor time. The same command goes on where it was interr
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import study_command
+from optimizer_states_arms import ARMS, EXPERIMENT
 from optimizer_states_claims import CLAIMS, HOLDS, judge
-from optimizer_states_page import check_alike, draw, read_results, section, write_page
-from optimizer_states_runs import ARMS, RunFailed, run_all, runs_of
+from optimizer_states_page import SCRIPT, draw, read_results, section
+from study_page import check_alike, write_page
+from study_runs import runs_of
 
 from qtrain.training.run_folder import write_text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 (default 3)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each (default 2)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/optimizer_states"), help="folder of the runs"
-    )
-    parser.add_argument(
-        "--page", type=Path, help="a page with the markers of the results; the picture goes beside it"
-    )
-    parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="overrides of all runs, such as steps=2"
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.seeds < 1 or options.workers < 1:
-        parser.error("--seeds and --workers must be 1 or more")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs are ended, and save first
-    runs = runs_of(ARMS, range(options.seeds), options.out)
-    try:
-        run_all(runs, options.workers, options.settings)
-    except RunFailed as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    parser = study_command.parser(__doc__, "outputs/optimizer_states", workers=2)
+    options = study_command.parsed(parser, argv)
+    runs = runs_of(ARMS, range(options.seeds), options.out, EXPERIMENT)
+    if (code := study_command.ended(runs, options)) is not None:
+        return code
     check_alike(runs)
     results = read_results(runs)
     verdicts = [judge(claim, results) for claim in CLAIMS]
@@ -63,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(options.out / "results.md", text + "\n")
     picture = options.out / "results.png"
     if options.page is not None:
-        write_page(options.page, text)
+        write_page(options.page, SCRIPT, text)
         picture = options.page.with_suffix(".png")
     draw(results, runs, picture)
     failed = [v for v in verdicts if v.outcome != HOLDS]

@@ -40,7 +40,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "hydra": ("commands", "top"),
     "omegaconf": ("commands", "top"),
     "bitsandbytes": ("qtrain/optim/bnb.py", "kernels/qtrain_kernels/adamw_problems.py"),
-    "wandb": ("training", "qtrain/analysis/wandb_runs.py"),
+    "wandb": ("training", "qtrain/analysis/wandb_runs.py", "qtrain/analysis/comparison_wandb.py"),
+    "wandb_workspaces": ("qtrain/analysis/comparison_wandb.py",),
     "triton": ("kernels",),
 }
 BAD_NAMES = ("utils.py", "helpers.py", "misc.py", "common.py")

@@ -20,6 +20,8 @@ from typing import Any
 from qtrain_kernels.op import Op, all_ops, kernel_module
 
 ARCHITECTURES = (80, 90, 100)  # A100; H100 and H200; B200
+MAX_SHARED = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes of shared memory that one block may have (CUDA C++ programming guide, technical specifications)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Build:
 
     ``types``: argument -> Triton type, for those not in ``constants``. ``divisible_by_16``: pointers and sizes
     that the launcher's arguments satisfy in this specialisation (they decide vectorised loads). ``forbidden_ptx``:
-    instruction fragments whose presence would make the kernel wrong. ``max_registers``: a guard against silent
-    growth; at 128 a multiprocessor (65536 registers) still holds 16 warps.
+    instruction fragments whose presence would make the kernel wrong. ``required_ptx``: architecture -> regular
+    expressions of instructions without which it would be slow; its keys are the architectures that are built.
+    ``max_registers``: a guard against silent growth; at 128 a multiprocessor (65536 registers) still holds 16 warps.
     """
 
     name: str
@@ -40,12 +43,16 @@ class Build:
     options: Mapping[str, Any] = field(default_factory=dict)
     forbidden_ptx: tuple[str, ...] = ()
     max_registers: int = 128
+    required_ptx: Mapping[int, tuple[str, ...]] = field(
+        default_factory=lambda: dict.fromkeys(ARCHITECTURES, ())
+    )
 
 
 @dataclass(frozen=True)
 class Result:
     """What the binary holds. ``registers`` a thread; ``stack`` and ``local`` bytes a thread, where spills would
-    live; ``shared`` bytes a block as the launch asks for it; ``forbidden`` what of ``forbidden_ptx`` was found."""
+    live; ``shared`` bytes a block as the launch asks for it; ``forbidden`` what of ``forbidden_ptx`` was found, ``missing``
+    what of ``required_ptx`` was not."""
 
     op: str
     build: str
@@ -58,10 +65,16 @@ class Result:
     warps: int
     ptx_local: bool
     forbidden: tuple[str, ...]
+    missing: tuple[str, ...]
 
     @property
     def problems(self) -> list[str]:
         found = [f"PTX holds {text!r}" for text in self.forbidden]
+        found += [f"PTX lacks {text!r}" for text in self.missing]
+        if self.shared > MAX_SHARED[self.arch]:
+            found.append(
+                f"{self.shared} bytes of shared memory, more than the {MAX_SHARED[self.arch]} of a block"
+            )
         if self.stack or self.local or self.ptx_local:
             found.append(f"local memory: stack {self.stack}, local {self.local}, in PTX: {self.ptx_local}")
         if self.registers > self.max_registers:
@@ -75,10 +88,10 @@ def compile_build(op: str, build: Build, arch: int) -> Result:
     from triton.backends.compiler import GPUTarget
 
     names = build.kernel.arg_names
-    source = triton.compiler.ASTSource(
+    source = _source_type(build.kernel)(
         build.kernel,
         signature={n: "constexpr" if n in build.constants else build.types[n] for n in names},
-        constexprs=dict(build.constants),
+        constexprs={(names.index(n),): value for n, value in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible_by_16},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
@@ -95,7 +108,19 @@ def compile_build(op: str, build: Build, arch: int) -> Result:
         warps=compiled.metadata.num_warps,
         ptx_local=re.search(r"\.local\b", ptx) is not None,
         forbidden=tuple(text for text in build.forbidden_ptx if text in ptx),
+        missing=tuple(text for text in build.required_ptx[arch] if not re.search(text, ptx)),
     )
+
+
+def _source_type(kernel: Any) -> Any:
+    """Triton's front end, or that of its language Gluon."""
+    import triton
+
+    if not kernel.is_gluon():
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -117,7 +142,7 @@ def results(
     for name, op in ops.items():
         if "cuda" in op.kernels:
             for build in kernel_module(op, "cuda").builds():
-                for arch in architectures:
+                for arch in (a for a in architectures if a in build.required_ptx):
                     yield compile_build(name, build, arch)
 
 

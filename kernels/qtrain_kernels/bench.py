@@ -6,7 +6,7 @@ a round in rotating order, so that clocks, heat and neighbours weigh on all alik
 data sheet:
 
     percent_of_copy    the op's least traffic (``Workload.bytes``) a second, of the bytes a second of a plain copy
-    percent_of_peak    of the operations a second of a square bf16 GEMM (cuBLAS on CUDA); of twice that for operands
+    percent_of_peak    of the operations a second of the best bf16 GEMM (cuBLAS on CUDA); of twice that for operands
                        of 8 bits, and ``peak`` says so. Rivals on such operands are held to the same number
 
 On CUDA a buffer larger than L2 is overwritten before each call, outside the timed interval: inputs come from
@@ -28,7 +28,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ from qtrain_kernels import contract
 from qtrain_kernels.op import Op, Workload, all_ops
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # read plus written: well beyond L2 (60 MB) and L3
-PEAK_SIZE = {"cuda": 8192, "cpu": 1024}  # of the square GEMM: long enough to reach the rate
+PEAK_SHAPES = {
+    "cuda": ((8192, 8192, 8192), (16384, 16384, 4096), (4096, 16384, 16384)),
+    "cpu": ((1024, 1024, 1024),),
+}
+"""M, N, K of the bf16 GEMMs whose best is the peak: one shape alone was passed by other GEMMs of the same run (H200)."""
 FLUSH_BYTES = (
     1 << 30
 )  # beyond the L2 of any present GPU; takes 0.3 ms, which hides the launch of what follows
@@ -48,6 +53,7 @@ SECONDS = 2.0  # of the timed rounds of a workload: a slow rival takes rounds, n
 WARMUP = 3
 WORKERS = 6  # processes of the contracts: each holds a CUDA context of about 0.5 GB
 
+PEAK = "bf16 peak"
 Row = dict[str, Any]
 
 
@@ -87,17 +93,30 @@ def interleaved_ms(
     return times
 
 
-def roof(device: str) -> dict[str, tuple[Callable[[], Any], float]]:
-    """name -> (what is timed, bytes or operations of one call)."""
-    size, copied = PEAK_SIZE[device], COPY_BYTES[device]
+def roof(
+    device: str, shapes: Sequence[tuple[int, int, int]] = ()
+) -> dict[str, tuple[Callable[[], Any], float]]:
+    """name -> (what is timed, bytes or operations of one call): a copy, and GEMMs of ``PEAK_SHAPES`` and ``shapes``."""
+    copied = COPY_BYTES[device]
     source = torch.ones(copied // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a = torch.randn(size, size, device=device).bfloat16()  # random: a product of zeros runs faster
-    b, out = a.roll(1, 0), torch.empty_like(a)
-    return {
-        "copy": (lambda: target.copy_(source), float(copied)),
-        "bf16 peak": (lambda: torch.mm(a, b.t(), out=out), 2.0 * size**3),
+    found: dict[str, tuple[Callable[[], Any], float]] = {
+        "copy": (lambda: target.copy_(source), float(copied))
     }
+    for M, N, K in dict.fromkeys([*PEAK_SHAPES[device], *shapes]):
+        a, b = (
+            torch.randn(rows, K, device=device, dtype=torch.bfloat16) for rows in (M, N)
+        )  # zeros run faster
+        run = functools.partial(torch.mm, a, b.t(), out=a.new_empty(M, N))
+        found[f"{PEAK} {M}x{N}x{K}"] = run, 2.0 * M * N * K
+    return found
+
+
+def rates(roofs: Mapping[str, float], median_ms: Mapping[str, float]) -> dict[str, float]:
+    """{"copy": bytes a second, "bf16 peak": operations a second of the fastest GEMM}, from the work of one call each."""
+    per_s = {name: work / median_ms[name] * 1e3 for name, work in roofs.items()}
+    peaks = [rate for name, rate in per_s.items() if name.startswith(PEAK)]
+    return {"copy": per_s["copy"], PEAK: max(peaks)} if peaks else {"copy": per_s["copy"]}
 
 
 def _cpu_ms(function: Callable[[], Any]) -> float:
@@ -155,7 +174,7 @@ def measure(
             missing[name] = _reason(error)
     roofs = roof(device)
     if not workload.flops:
-        del roofs["bf16 peak"]
+        roofs = {"copy": roofs["copy"]}
     timed = {n: f for n, f in functions.items() if n not in missing} | {n: f for n, (f, _) in roofs.items()}
     times = interleaved_ms(timed, device, rounds, SECONDS)
     row = {"op": op.name, "workload": workload.name}
@@ -174,21 +193,21 @@ def measure(
 
 def _add_rates(rows: list[Row], workload: Workload, inputs: tuple[Any, ...], roofs: dict[str, float]) -> None:
     """GB/s, TFLOP/s and their shares of the roof, from the rows' medians."""
-    medians = {row["contender"]: row["median_ms"] for row in rows}
+    reached = rates(roofs, {row["contender"]: row["median_ms"] for row in rows})
     byte = any(isinstance(x, torch.Tensor) and x.dim() == 2 and x.itemsize == 1 for x in inputs)
     factor = 2 if byte else 1
     for row in rows:
         name, median = row["contender"], row["median_ms"]
         moved = roofs["copy"] if name == "copy" else None if name in roofs else workload.bytes
-        flops = roofs[name] if name == "bf16 peak" else None if name in roofs else workload.flops
+        flops = roofs[name] if name.startswith(PEAK) else None if name in roofs else workload.flops
         gb_per_s = moved and moved / median * 1e-6
         row["gb_per_s"] = gb_per_s
-        row["percent_of_copy"] = gb_per_s and 100 * gb_per_s / (roofs["copy"] / medians["copy"] * 1e-6)
+        row["percent_of_copy"] = gb_per_s and 100 * gb_per_s / (reached["copy"] * 1e-9)
         row["tflop_per_s"] = flops / median * 1e-9 if flops else None
         row["percent_of_peak"] = row["peak"] = None
         if flops:
-            peak = factor * roofs["bf16 peak"] / medians["bf16 peak"] * 1e-9
-            row |= {"percent_of_peak": 100 * row["tflop_per_s"] / peak, "peak": f"{factor} x bf16 peak"}
+            row["percent_of_peak"] = 100 * row["tflop_per_s"] / (factor * reached[PEAK] * 1e-12)
+            row["peak"] = f"{factor} x {PEAK}"
 
 
 def _reason(error: BaseException) -> str:
@@ -348,12 +367,18 @@ def main(argv: list[str] | None = None) -> None:
         mine: list[Row] = []
         for workload in chosen[name]:
             rounds = args.rounds or ROUNDS[args.device]
-            mine += measure(ops[name], workload, args.device, rounds, args.rivals, common)
+            try:
+                mine += measure(ops[name], workload, args.device, rounds, args.rivals, common)
+            except Exception:  # the other ops still count; the exit code tells
+                traceback.print_exc()
+                broken[name] = [*broken[name], f"{workload.name} failed"]
         rows += mine
         print(table(mine) if mine else "no workload of it holds that text", flush=True)
         _write(rows, args.json, args.png)  # after each op: a run that is stopped leaves what it has
     if red := [name for name in names if broken[name]]:
-        raise SystemExit(f"contract broken: {', '.join(red)}")
+        raise SystemExit(
+            "\n".join(["broken:", *(f"{name}: {line}" for name in red for line in broken[name])])
+        )
 
 
 if __name__ == "__main__":

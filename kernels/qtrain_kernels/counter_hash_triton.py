@@ -53,11 +53,19 @@ def row_keys(row, k0, k1):
 
 @triton.jit
 def random_bits(column, r0, r1):
-    """uint32, broadcast over integer ``column`` and the row's keys."""
-    return mix((column.to(tl.uint32) * GOLDEN) ^ r0, r1)
+    """uint32, broadcast over integer ``column`` and the row's keys.
+
+    ``mix`` of column * GOLDEN ^ r0: its first step, x ^ x >> 16, is linear in xor and so is taken of each of the two,
+    once a column and once a row."""
+    column = column.to(tl.uint32) * GOLDEN
+    x = (column ^ (column >> 16)) ^ (r0 ^ (r0 >> 16))
+    x = x * MULTIPLIER_1 + r1
+    x = x ^ (x >> 15)
+    x = x * MULTIPLIER_2
+    return x ^ (x >> 16)
 
 
 @triton.jit
 def uniform(bits):
     """The top 24 bits as float32 in [0, 1 - 2^-24]."""
-    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return (bits & 0xFFFFFF00).to(tl.float32) * 2.3283064365386963e-10  # 2^-32; 24 bits convert exactly

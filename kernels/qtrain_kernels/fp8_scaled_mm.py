@@ -25,9 +25,6 @@ from qtrain_kernels.scaled_mm_workloads import cuda_workloads
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 E4M3, E5M2 = CODES
-PROMOTED = 128
-"""Products that are summed in the tensor core before float32 takes over (DeepSeek-V3, as above)."""
-
 RTOL, ATOL = 2.0**-7, 0.01
 """One step of bfloat16, whose rounding may fall on either side. And the sums' own error on the cases below, whose codes have
 unit variance and whose outputs have about unit variance: tensor cores cut each product to 2^-13 of the largest of an

@@ -1,22 +1,34 @@
 """fp8_scaled_mm on a GPU: the kernels of ``scaled_mm_triton`` with float32 sums, or ``torch._scaled_mm``.
 
 Config("library") is torch's: cuBLAS with one scale a side, CUTLASS with scales of rows, ``use_fast_accum=False`` for
-both. It takes dimensions in multiples of 16, no bias, and for scales of rows bfloat16 outputs; ``library_takes`` says
+both. It takes N and K in multiples of 16, no bias, and for scales of rows e4m3fn codes and bfloat16 outputs; ``library_takes`` says
 so. A config that cannot run raises; none is replaced by another.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import fp8_scaled_mm as declaration
+from qtrain_kernels import scaled_mm_triton
+from qtrain_kernels.aot import Build
 from qtrain_kernels.int8_scaled_mm import epilogue
-from qtrain_kernels.scaled_mm_config import LIBRARY, Config, choose, properties
-from qtrain_kernels.scaled_mm_triton import fastest, k_major, scaled_mm
-
-MIN_CAPABILITY = (9, 0)
+from qtrain_kernels.k_major_triton import k_major
+from qtrain_kernels.scaled_mm_config import (
+    DATA_CENTER,
+    LIBRARY,
+    PROMOTED,
+    SPECIALISED,
+    Config,
+    choose,
+    properties,
+)
+from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
 
 def launch(
@@ -24,24 +36,30 @@ def launch(
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference``; ``config``: this one instead of the one that is chosen for the shape. Raises RuntimeError on a GPU
-    without fp8 tensor cores."""
+    of another kind than Hopper and Blackwell of data centers."""
     declaration.check(a, b, a_scale, b_scale, bias, out_dtype)
-    if properties(a.device)[0] < MIN_CAPABILITY:
+    if properties(a.device)[0][0] not in DATA_CENTER:
         raise RuntimeError(
-            f"fp8_scaled_mm needs compute capability 9.0 (H100) or later, not {torch.cuda.get_device_name(a.device)}; "
+            f"fp8_scaled_mm has kernels for compute capabilities 9 and 10 (H100, B200), not for {torch.cuda.get_device_name(a.device)}; "
             "use an int8 recipe there"
         )
     if 0 in (*a.shape, b.shape[0]):
         sums = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.float32, device=a.device)
         return epilogue(sums, a_scale, b_scale, bias, out_dtype)
 
+    taken = library_takes(a, b, a_scale, b_scale, bias, out_dtype)
+
     def run(chosen: Config) -> Tensor:
+        if chosen == LIBRARY and not taken:
+            raise ValueError(
+                "torch._scaled_mm does not compute this product, see library_takes; pass another config"
+            )
         if chosen == LIBRARY:
             return _library(a, b, a_scale, b_scale, out_dtype)
-        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, declaration.PROMOTED)
+        return scaled_mm(a, b, a_scale, b_scale, bias, out_dtype, chosen, tl.float32, PROMOTED)
 
     (M, K), N = a.shape, b.shape[0]
-    extra = [LIBRARY] if library_takes(a, b, a_scale, b_scale, bias, out_dtype) else []
+    extra = [LIBRARY] if taken else []
     if config is None:
         config = choose("fp8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run), extra)
     return run(config)
@@ -53,7 +71,8 @@ def library_takes(
     """Whether ``torch._scaled_mm`` computes this op on these arguments."""
     of_tensors = all(v is None or v.shape[0] == 1 for v in (a_scale, b_scale))
     multiples = a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0
-    return a.is_cuda and bias is None and multiples and (of_tensors or out_dtype == torch.bfloat16)
+    of_rows = out_dtype == torch.bfloat16 and a.dtype == b.dtype == declaration.E4M3
+    return a.is_cuda and bias is None and multiples and (of_tensors or of_rows)
 
 
 def _library(
@@ -69,3 +88,15 @@ def _library(
     return torch._scaled_mm(
         k_major(a), k_major(b).t(), left, right, out_dtype=out_dtype, use_fast_accum=False
     )
+
+
+def builds() -> list[Build]:
+    from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
+
+    specialised = [build_specialised(config, declaration.E4M3, "bf16") for config in SPECIALISED["fp8"]]
+    return [*scaled_mm_triton.builds("fp8"), *specialised]
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}

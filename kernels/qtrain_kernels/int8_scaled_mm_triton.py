@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import int8_scaled_mm as declaration
-from qtrain_kernels.scaled_mm_config import Config, choose
+from qtrain_kernels import scaled_mm_triton
+from qtrain_kernels.aot import Build
+from qtrain_kernels.k_major_triton import k_major_build
+from qtrain_kernels.scaled_mm_config import SPECIALISED, Config, choose
 from qtrain_kernels.scaled_mm_triton import fastest, scaled_mm
 
 
@@ -26,3 +32,16 @@ def launch(
 
     (M, K), N = a.shape, b.shape[0]
     return run(config or choose("int8", M, N, K, out_dtype, a.device, lambda configs: fastest(configs, run)))
+
+
+def builds() -> list[Build]:
+    """The copy to K-major as well, of a transposed operand."""
+    from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
+
+    specialised = [build_specialised(config, torch.int8, "bf16") for config in SPECIALISED["int8"]]
+    return [*scaled_mm_triton.builds("int8"), *specialised, k_major_build()]
+
+
+def variants() -> dict[str, Callable[..., Tensor]]:
+    """Launches that the contract checks beside the one by rule."""
+    return {config.name: functools.partial(launch, config=config) for config in scaled_mm_triton.VARIANTS}

@@ -67,6 +67,7 @@ class Op(Generic[P, R]):
     mutates: tuple[str, ...]
     rtol: float
     atol: float
+    code_flips: float
     executions: dict[str, int] = field(default_factory=dict)
     overload: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -113,13 +114,15 @@ def define_op(
     mutates: Sequence[str] = (),
     rtol: float = 0.0,
     atol: float = 0.0,
+    code_flips: float = 0.0,
 ) -> Op[P, R]:
     """Register ``qtrain::name``; see the module docstring for the parts.
 
     ``cases`` return CPU tensors and build them at each call; ``workloads`` maps a device type to its problems.
     ``cuda`` and ``cpu`` are ``"package.module:function"`` with the reference's signature. ``mutates`` names the
-    arguments that are written in place. ``rtol`` and ``atol`` bound every kernel against the reference; zero, the
-    default, means bit-equal (one NaN equals another). Raises ValueError for a name that is taken, for no cases
+    arguments that are written in place. ``rtol`` and ``atol`` bound every kernel's floats against the reference's,
+    ``code_flips`` the share of an int8 output that may differ, by one; zero, the default, means bit-equal (one NaN
+    equals another). Raises ValueError for a name that is taken, for no cases
     and for a malformed kernel path.
     """
     if name in _REGISTRY:
@@ -134,7 +137,7 @@ def define_op(
     for target in kernels.values():
         if target.count(":") != 1:
             raise ValueError(f'kernel {target!r} of op {name!r} must read "package.module:function"')
-    op = Op(name, reference, dict(cases), workloads, kernels, tuple(mutates), rtol, atol)
+    op = Op(name, reference, dict(cases), workloads, kernels, tuple(mutates), rtol, atol, code_flips)
     definition = torch.library.custom_op(
         f"{NAMESPACE}::{name}",
         op._body("reference", lambda: reference),

@@ -140,6 +140,7 @@ _TENSORS: dict[str, Callable[[], Tensor]] = {
     "subnormal_beside_normal": lambda: _set(_normal(2, 300) * 1e-40, (0, 0, 1.0), (1, 299, -1.0)),
     "subnormal": lambda: _set(torch.full((1, 64), 1e-40), (0, 0, 1.0)),
     "one_hot": lambda: _set(torch.zeros(1, 64), (0, 0, 1.0)),
+    "above_minus_one": lambda: _set(torch.full((1, 64), 2.0**-24 - 1), (0, 0, 127.0)),  # v = x
     "below_minus_qmax": lambda: _set(
         _normal(1, 64).clamp(-1, 1), (0, 8, -1.005)
     ),  # v = -127 - 2^-17 at column 8
@@ -191,6 +192,7 @@ def _cases() -> dict[str, Callable[[], Inputs]]:
         cases[f"{tensor}/ternary/stochastic"] = case(tensor, "ternary", True)
     cases["subnormal/zero_uniform/stochastic"] = case("subnormal", "zero_uniform", True)
     cases["one_hot/zero_uniform/stochastic"] = case("one_hot", "zero_uniform", True)
+    cases["above_minus_one/zero_uniform/stochastic"] = case("above_minus_one", "zero_uniform", True)
     cases["below_minus_qmax/top_uniform/stochastic"] = case("below_minus_qmax", "top_uniform", True)
     return cases
 

@@ -1,8 +1,8 @@
 """How a scaled GEMM is cut on a GPU: the configs to choose from, the rule that chooses, and what was measured.
 
-``choose`` takes the config that was measured for the shape's bucket on this device with these versions (``tune`` stores
-them); elsewhere ``by_rule``, which knows tile rates and counts waves. Nothing is measured unless somebody asks:
-``python -m qtrain_kernels.tune``, or QTRAIN_TUNE_GEMMS=1, which measures each bucket when it first appears.
+``choose`` takes the config that was measured for the shape's bucket on this device with these versions, and where none was,
+``by_rule``, which knows tile rates and counts waves. Nothing is measured unless somebody asks: with QTRAIN_TUNE_GEMMS=1
+each bucket is measured when it first appears, and kept in ``cache_file`` for the runs that follow, resumed ones too.
 
 int8 results are the same bits under every config (integer sums are exact). fp8 sums depend on their order, so that two
 machines whose measurements differ may differ in the last bits.
@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ TUNE_VARIABLE = "QTRAIN_TUNE_GEMMS"
 class Config:
     """How a GEMM is cut.
 
-    ``variant``: "tma" (tensor descriptors, sm_90 and later), "specialised" (the same with one warp that loads and two
+    ``variant``: "tma" (tensor descriptors, sm_90 and sm_100), "specialised" (the same with one warp that loads and two
     warpgroups that multiply, sm_90), "pointer" (masked loads, every GPU), "library" (``torch._scaled_mm``, fp8 alone).
     ``num_stages``: tiles of both operands in flight. ``GROUP_M``: rows of tiles that are walked together. ``persistent``:
     one program a multiprocessor. ``SPLIT``: parts of the contraction, each with sums of its own, added at the end.
@@ -59,6 +59,10 @@ class Config:
 
 
 LIBRARY = Config("library")
+PROMOTED = 128
+"""fp8 products that are summed in the tensor core before float32 takes over (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
+DATA_CENTER = (9, 10)
+"""Major compute capabilities (Hopper, Blackwell) with descriptors and the shared memory of the tiles, 227 KB a block; sm_120 has 99."""
 SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_SPLIT_K = 1024
 """Below, the sum over the parts costs more than the multiprocessors that it fills."""
@@ -79,21 +83,31 @@ _POINTER_TILES = (
     (Config("pointer", 128, 128, 64, 8, 3), 1.0),
     (Config("pointer", 64, 64, 64, 4, 4), 0.5),
 )
+# Of sm_90, for measurements: the rule has no rates of them
+SPECIALISED: dict[str, tuple[Config, ...]] = {
+    "int8": (Config("specialised", 256, 128, 128, 4, 4), Config("specialised", 128, 128, 128, 4, 6)),
+    "fp8": (Config("specialised", 128, 128, 128, 4, 6),),
+}
 _BYTE_COST = 1.3
 """Multiply-adds that a multiprocessor does while the memory moves a byte: 2500 a clock against 1970 bytes (H100 SXM)."""
 
 
 def candidates(kind: str, capability: tuple[int, int], K: int) -> list[tuple[Config, float]]:
     """The configs that run, with their relative rates. ``kind``: "int8" or "fp8"."""
-    if capability < (9, 0):
+    if capability[0] not in DATA_CENTER:
         return list(_POINTER_TILES)
+    if capability[0] == 10:
+        # The sums lie in tensor memory and leave through the registers of the epilogue: 256 columns and parts would spill
+        return [(config, rate) for config, rate in _TILES[kind] if config.BLOCK_N <= 128]
     splits = [s for s in SPLITS if s == 1 or K // s >= MIN_SPLIT_K]
-    found = [(_with(config, SPLIT=s), rate) for config, rate in _TILES[kind] for s in splits]
-    return found
+    tiles = _TILES[kind]
+    return [(replace(config, SPLIT=s), rate) for config, rate in tiles for s in splits]
 
 
-def _with(config: Config, **change: object) -> Config:
-    return Config(**(asdict(config) | change))
+def measurable(kind: str, capability: tuple[int, int], K: int) -> list[Config]:
+    """All configs that run, the specialised ones included."""
+    specialised = SPECIALISED[kind] if capability == (9, 0) else ()
+    return [*specialised, *(config for config, _ in candidates(kind, capability, K))]
 
 
 def by_rule(kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int) -> Config:
@@ -183,18 +197,21 @@ def choose(
     kind: str, M: int, N: int, K: int, out_dtype: torch.dtype, device: torch.device, measure: Measure, extra: Sequence[Config] = ()
 ) -> Config:  # fmt: skip
     """The config of a problem. ``measure``: candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not
-    while a CUDA graph is captured; ``extra``: candidates beside those of ``candidates``."""
-    problem = (kind, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
+    while a CUDA graph is captured; ``extra``: candidates beside those of ``measurable``."""
+    kind_of_key = kind + "".join(
+        f" or {config.name}" for config in extra
+    )  # what may win is part of the question
+    problem = (kind_of_key, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
     if problem not in _CHOSEN:
         capability, multiprocessors = properties(device)
-        name = key(kind, M, N, K, out_dtype, device)
+        name = key(kind_of_key, M, N, K, out_dtype, device)
         found = measured().get(name)
         if (
             found is None
             and os.environ.get(TUNE_VARIABLE) == "1"
-            and not torch.cuda.is_current_stream_capturing()
+            and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         ):
-            found = measure([*extra, *(c for c, _ in candidates(kind, capability, K))])
+            found = measure([*extra, *measurable(kind, capability, K)])
             remember(name, found)
         _CHOSEN[problem] = found or by_rule(kind, M, N, K, capability, multiprocessors)
     return _CHOSEN[problem]

@@ -9,7 +9,7 @@ multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in orde
 depends on who finishes first.
 
 Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
-descriptors and wide loads want aligned rows. ``k_major`` copies what is not so; bytes are moved, never converted.
+descriptors and wide loads want aligned rows. ``k_major`` copies what is not so.
 
 M, N free indices, K contraction.
 """
@@ -25,18 +25,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qtrain_kernels.scaled_mm_config import Config, properties
+from qtrain_kernels.aot import Build
+from qtrain_kernels.k_major_triton import ALIGNMENT, k_major
+from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
-COPY_BLOCK = 128
 PART_ROWS, PART_COLUMNS = 16, 256
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+VARIANTS = (  # tiles that are small enough for the cases to have several
+    Config("pointer", 64, 64, 128, 4, 3, GROUP_M=2),
+    Config("tma", 64, 64, 128, 4, 3, GROUP_M=2, persistent=False),
+    Config("tma", 64, 128, 128, 4, 3, SPLIT=3, subtile=True),
+)
+VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
+# An fma rounds once where the equation rounds twice; .ftz flushes subnormals.
+FORBIDDEN = ("fma.rn.f32", ".ftz")
 OPTIONS = {"enable_fp_fusion": False}  # a contracted multiply-add rounds once where the equation rounds twice
 
 
 @triton.jit
-def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Number of a tile -> its row and column of tiles."""
     per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
     first = tile // per_group * GROUP_M
@@ -45,7 +53,21 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def _scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
+def _product(a, b, acc, IMPRECISE: tl.constexpr):
+    """acc + a [M, K] . b [K, N]. The interpreter reads NaN of e4m3fn as 480."""
+    if INTERPRETED and a.dtype != tl.int8:
+        left, right = a.to(tl.float16), b.to(tl.float16)
+        if a.dtype == tl.float8e4nv:
+            left = tl.where((a.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), left)
+        if b.dtype == tl.float8e4nv:
+            right = tl.where((b.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), right)
+        return tl.dot(left, right, acc)
+    else:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
+
+
+@triton.jit
+def scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
             A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """The epilogue in float32, each operation rounded once."""
     y = y.to(tl.float32)
@@ -82,7 +104,7 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
     if RAW:
         out = acc
     else:
-        out = _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
+        out = scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
     if STORE_TMA:
         y.store([m, n], _rounded(out, y.dtype))
     else:
@@ -91,7 +113,9 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
         tl.store(pointers, _rounded(out, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "K"]
+)  # the number of tokens is one or the other, and may change from step to step
 def _scaled_mm_tma_kernel(
     a, b, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
@@ -103,13 +127,13 @@ def _scaled_mm_tma_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
     for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=FLATTEN):
-        i, j = _tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        i, j = tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m, n, start = i * BLOCK_M, j * BLOCK_N, unit // tiles * steps * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
         for k in range(steps):
             rows = a.load([m, start + k * BLOCK_K])
             columns = b.load([n, start + k * BLOCK_K])
-            acc = tl.dot(rows, columns.T, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+            acc = _product(rows, columns.T, acc, IMPRECISE)
         part_ptr = y_ptr + (unit // tiles).to(tl.int64) * M * N
         if SUBTILE:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -123,7 +147,7 @@ def _scaled_mm_tma_kernel(
                    A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _add_parts_kernel(
     parts_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
@@ -143,14 +167,14 @@ def _add_parts_kernel(
            A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _scaled_mm_pointer_kernel(
     a_ptr, b_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K, stride_am, stride_bn,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    i, j = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    i, j = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m, n = i * BLOCK_M, j * BLOCK_N
     # Rows past the end wrap around: they are read from memory that exists, and never stored.
     rows = ((m + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
@@ -166,42 +190,11 @@ def _scaled_mm_pointer_kernel(
             inside = inner < K - k * BLOCK_K
             left = tl.load(a, mask=tl.expand_dims(inside, 0), other=0.0)
             right = tl.load(b, mask=tl.expand_dims(inside, 1), other=0.0)
-        acc = tl.dot(left, right, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
+        acc = _product(left, right, acc, IMPRECISE)
         a += BLOCK_K
         b += BLOCK_K
     _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
            A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
-
-
-@triton.jit
-def _k_major_kernel(
-    x_ptr, y_ptr, R, C, stride_xr, stride_xc, stride_yr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """[R, C] bytes of any strides -> rows of C bytes, stride_yr apart."""
-    tiles = tl.cdiv(C, BLOCK_C)
-    row = tl.expand_dims((tl.program_id(0) // tiles) * BLOCK_R + tl.arange(0, BLOCK_R), 1)
-    column = tl.expand_dims((tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C), 0)
-    mask = (row < R) & (column < C)
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    x = tl.load(x_ptr + row * stride_xr + column * stride_xc, mask=mask)
-    tl.store(y_ptr + row * stride_yr + column, x, mask=mask)
-
-
-def k_major(x: Tensor) -> Tensor:
-    """[R, C] of a 1-byte dtype -> the same with unit stride along C and rows of a multiple of 16 bytes; ``x`` itself
-    where it is so already. The padding between rows is not written: nothing reads it."""
-    aligned = x.stride(0) % ALIGNMENT == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % ALIGNMENT == 0
-    if x.stride(1) == 1 and aligned:
-        return x
-    R, C = x.shape
-    pitch = triton.cdiv(C, ALIGNMENT) * ALIGNMENT
-    y = torch.empty((R, pitch), dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(R, COPY_BLOCK) * triton.cdiv(C, COPY_BLOCK),)
-    _k_major_kernel[grid](
-        x.view(torch.int8), y, R, C, x.stride(0), x.stride(1), pitch,
-        BLOCK_R=COPY_BLOCK, BLOCK_C=COPY_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y.view(x.dtype)[:, :C]
 
 
 def _mode(vector: Tensor | None) -> int:
@@ -229,8 +222,14 @@ def scaled_mm(
         )
     elif config.variant == "tma":
         _launch_tma(a, b, y, pointers, tiles, config, shared, modes)
+    elif config.variant == "specialised":
+        from qtrain_kernels.scaled_mm_specialised_triton import launch_specialised
+
+        launch_specialised(a, b, y, pointers, config, modes, imprecise is not None)
     else:
-        raise ValueError(f"config {config.name}: the variants of these kernels are tma and pointer")
+        raise ValueError(
+            f"config {config.name}: the variants of these kernels are tma, specialised and pointer"
+        )
     return y
 
 
@@ -277,3 +276,90 @@ def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
         assert error is not None
         raise error
     return min(times, key=lambda c: times[c])
+
+
+def builds(kind: str) -> list[Build]:
+    """The configs of the rule ahead of time: every tile with bfloat16 outputs, the largest with float32 ones and split."""
+    code, sums = {"int8": ("i8", "i32"), "fp8": ("fp8e4nv", "fp32")}[kind]
+    tma = [config for config, _ in candidates(kind, (9, 0), MIN_SPLIT_K)]
+    (split,) = (c for c, _ in candidates(kind, (9, 0), 2 * MIN_SPLIT_K)[:2] if c.SPLIT == 2)
+    pointer = [config for config, _ in candidates(kind, (8, 0), MIN_SPLIT_K)] if kind == "int8" else []
+    found = [_build(config, code, "bf16") for config in (*tma, *pointer)]
+    return [*found, _build(tma[0], code, "fp32"), _build(split, code, sums), _add_parts_build(sums)]
+
+
+def _build(config: Config, code: str, out: str) -> Build:
+    pointer = config.variant == "pointer"
+    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(VECTORS, "*fp32")
+    types |= dict.fromkeys(("M", "N", "K", "stride_am", "stride_bn"), "i32")
+    types |= {
+        "a_ptr": f"*{code}",
+        "b_ptr": f"*{code}",
+        "a": f"tensordesc<{code}[{config.BLOCK_M},{config.BLOCK_K}]>",
+    }
+    types["b"] = f"tensordesc<{code}[{config.BLOCK_N},{config.BLOCK_K}]>"
+    kernel = _scaled_mm_pointer_kernel if pointer else _scaled_mm_tma_kernel
+    constants: dict[str, Any] = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "ACC": tl.int32 if code == "i8" else tl.float32,
+    }
+    constants |= {
+        "IMPRECISE": PROMOTED if code != "i8" else None,
+        "GROUP_M": config.GROUP_M,
+        "BLOCK_K": config.BLOCK_K,
+    }
+    constants |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "EVEN_K": True, "SPLIT": config.SPLIT}
+    constants |= {"FLATTEN": config.flatten, "STORE_TMA": False, "SUBTILE": config.subtile}
+    return Build(
+        f"{config.name}, {out}",
+        kernel,
+        types,
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        divisible_by_16=(
+            "y_ptr",
+            *VECTORS,
+            "N",
+            *(("a_ptr", "b_ptr", "K", "stride_am", "stride_bn") if pointer else ("y",)),
+        ),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
+        forbidden_ptx=FORBIDDEN,
+        max_registers=255,  # sums of 128 x 256 in 8 warps are 128 registers; what counts is that none spills
+        required_ptx=_instructions(code, config, out),
+    )
+
+
+def _instructions(code: str, config: Config, out: str) -> dict[int, tuple[str, ...]]:
+    """The tensor core instructions of each architecture that runs the config; sm_100 by one build."""
+    if config.variant == "pointer":
+        return {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32", r"cp\.async")}
+    wgmma = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if code == "i8" else r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3"
+    found: dict[int, tuple[str, ...]] = {90: (wgmma, r"cp\.async\.bulk\.tensor")}
+    if config.BLOCK_M == config.BLOCK_N == 128 and config.SPLIT == 1 and out == "bf16":
+        # Triton 3.6 takes int8 in mma.sync there, 3.9 in tcgen05
+        integer = r"tcgen05\.mma|mma\.sync\S*\.s32\.s8\.s8\.s32"
+        found[100] = (integer if code == "i8" else r"tcgen05\.mma\S*kind::f8f6f4",)
+    return found
+
+
+def _add_parts_build(sums: str) -> Build:
+    types = {
+        "parts_ptr": f"*{sums}",
+        "y_ptr": "*fp32",
+        **dict.fromkeys(VECTORS, "*fp32"),
+        "M": "i32",
+        "N": "i32",
+    }
+    constants = {
+        "A_SCALE": 2,
+        "B_SCALE": 2,
+        "BIAS": True,
+        "SPLIT": 4,
+        "BLOCK_M": PART_ROWS,
+        "BLOCK_N": PART_COLUMNS,
+    }
+    return Build(
+        "sum of 4 parts", _add_parts_kernel, types, constants, divisible_by_16=tuple(n for n in types if n != "M"), options=OPTIONS,
+        forbidden_ptx=FORBIDDEN, required_ptx={90: ()},
+    )  # fmt: skip

@@ -1,11 +1,6 @@
 """Which layer, GEMM and operand is to blame, from instruments.jsonl, or the census at step 0 where nothing was logged.
 
-The SQNR below which an operand is said to lose much of what it carries:
-
-    forward operands   3.0 dB: the best sign quantizer of a Laplace distribution, E|x|^2 / E x^2 = 1/2, so 10 log10 2
-    gradients          4.8 dB = 10 log10 3: below |g| = sqrt(3) |noise| quantized training stops helping (arXiv 2505.19115)
-
-Below 0 dB the operand is more noise than signal, whatever it is.
+An operand is said to lose much of what it carries below ``limits.LOW_FORWARD_DB``, of gradients ``LOW_GRADIENT_DB``.
 """
 
 from __future__ import annotations
@@ -16,21 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from .curves import Operand, Series
+from .limits import (
+    FALL_DB,
+    LEAST_SAMPLES,
+    LOW_FORWARD_DB,
+    LOW_GRADIENT_DB,
+    MAX_LOGIT,
+    NOISE_FLOOR,
+    STALLED_SHARE,
+    ZERO_BIN,
+)
 from .run_records import RunRecord
-
-LOW_FORWARD_DB = 10 * math.log10(2)
-LOW_GRADIENT_DB = 10 * math.log10(3)
-# A fall of the SQNR by more than this points at an operand: half a bit (6.02 dB a bit)
-FALL_DB = 3.0
-# Attention logits above this saturate softmax (arXiv 2302.05442, section 2.2: logits grew beyond, and training diverged;
-# where Kimi K2 begins to shrink queries and keys, arXiv 2507.20534, section 2.1)
-MAX_LOGIT = 100.0
-# Nearly no code of a moment changes from step to step: of 8-bit EMA states with beta 0.95 several percent always do
-STALLED_SHARE = 0.99
-
-
-# Second moments that decode to 0 while they are above it (arXiv 2309.01507, section 3); a share that a tensor may have by chance
-ZERO_BIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -90,10 +81,33 @@ def low_operands(run: RunRecord) -> list[tuple[float, str]]:
     return [(middle, text)]
 
 
+def lasting_trouble(run: RunRecord) -> list[str]:
+    """A sentence for the weight gradient that quantization noise hides, and for the attention that is saturated, over most of
+    the run: the worst median of LEAST_SAMPLES samples or more. A passing dip is a note (``worst_instruments``)."""
+    found = []
+    for suffix, sign, limit, text in (
+        ("/noise_floor", 1, NOISE_FLOOR, "{0} is {1:.2f} from step {2} on, below {3:g}: quantization noise hides the gradient"),
+        ("/max_logit", -1, MAX_LOGIT, "{0} is {1:.0f} from step {2} on, above {3:g}: attention is saturated"),
+    ):  # fmt: skip
+        lasting = []
+        for name, (steps, values) in run.curves.instruments.items():
+            known = ~np.isnan(values)
+            if not name.endswith(suffix) or known.sum() < LEAST_SAMPLES:
+                continue
+            middle = float(np.median(values[known]))
+            beyond = known & (sign * values < sign * limit)
+            if sign * middle < sign * limit:
+                lasting.append((sign * middle, name, int(steps[np.flatnonzero(beyond)[0]])))
+        if lasting:
+            worst, name, first = min(lasting)
+            found.append(text.format(name, sign * worst, first, limit))
+    return found
+
+
 def failing_operand(run: RunRecord, step: int | None) -> Blame | None:
     """Who to look at for what happened at ``step`` (None: over the whole run): the parameter whose gradient was the
-    first not to be finite; else the operand below its limit; else the second moment stored as 0; else the one whose SQNR had fallen most by then; else the
-    lowest. None where nothing was observed."""
+    first not to be finite; else the operand below its limit; else the second moment stored as 0; else the operand whose
+    SQNR had fallen most by then; else the lowest. None where nothing was observed."""
     parameter = run.verdict.get("parameter")
     if run.verdict.get("outcome") == "non_finite" and parameter:
         return Blame(str(parameter), "its gradient is the first that is not finite", int(run.verdict["step"]))
@@ -146,7 +160,7 @@ def _zeroed_state(run: RunRecord, until: float) -> Blame | None:
 def worst_instruments(run: RunRecord) -> list[str]:
     """A note for each other instrument beyond its limit: the worst of its kind."""
     kinds = (
-        ("/noise_floor", min, lambda v: v < 1, "{0} is {1:.2f} at step {2}, below 1: quantization noise hides the gradient"),
+        ("/noise_floor", min, lambda v: v < NOISE_FLOOR, "{0} is {1:.2f} at step {2}, below 1: quantization noise hides the gradient"),
         (".zero_bin", max, lambda v: v > ZERO_BIN, "{0} is {1:.1%} at step {2}: those weights take steps of lr m / eps"),
         ("/max_logit", max, lambda v: v > MAX_LOGIT, "{0} is {1:.0f} at step {2}: attention saturates"),
         (".unchanged", max, lambda v: v > STALLED_SHARE, "{0} is {1:.3f} at step {2}: the state stalls"),

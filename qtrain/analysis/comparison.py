@@ -19,7 +19,7 @@ from .arms import Arm, NotComparable, allowed_differences, arms_of, find_baselin
 from .blame import lowest_sqnr
 from .curve_scores import spike_score
 from .curves import Array, Operand
-from .health import DIVERGED, UNSTABLE, Health, Limits, judge
+from .health import DIVERGED, UNSTABLE, Health, judge
 from .paired import CONFIDENCE, PairedDifference, SignTest, paired, sign_test, window_interval
 from .run_records import RunRecord
 
@@ -213,7 +213,6 @@ def compare(
     baseline: str | None = None,
     allow: Sequence[str] = (),
     confidence: float = CONFIDENCE,
-    limits: Limits | None = None,
 ) -> Comparison:
     """Raises NotComparable where the baseline is not clear, and where arms differ in what ``allow`` does not name."""
     arms = arms_of(records)
@@ -229,8 +228,7 @@ def compare(
     # Spikes of the baseline itself cannot be excused by the baseline
     health = {
         arm.label: {
-            s: judge(r, None if arm is standard else standard.runs.get(s), limits)
-            for s, r in arm.runs.items()
+            s: judge(r, None if arm is standard else standard.runs.get(s)) for s, r in arm.runs.items()
         }
         for arm in ordered
     }

@@ -14,6 +14,13 @@ from .health import DIVERGED
 
 # Okabe and Ito's colours, told apart by most colour-blind readers; the baseline is black
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Of the second round of colours, and of the third and fourth; plotly calls them otherwise
+MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
+# Gaps beyond this, in percent, are drawn on a logarithmic axis, so that they leave room for the others
+_LINEAR_PERCENT = 1.0
+_WIDE_PERCENT = 5.0
+# Names in one column of a legend over the curves; more of them stand below
+_LEGEND_INSIDE = 8
 # More arms than this are a crowd: the picture shows the baseline and the first of the others, the page all
 MOST_ARMS = 20
 
@@ -21,6 +28,11 @@ MOST_ARMS = 20
 def color(number: int) -> str:
     """Of the arm at this place of ``Comparison.arms``."""
     return COLORS[0] if number == 0 else COLORS[1 + (number - 1) % (len(COLORS) - 1)]
+
+
+def marker(number: int) -> str:
+    """Of the arm at this place: with the colour, of the first 25 arms no two look alike."""
+    return list(MARKERS)[max(number - 1, 0) // (len(COLORS) - 1) % len(MARKERS)]
 
 
 def _text(label: str) -> str:
@@ -86,19 +98,22 @@ def _curves(axes: Any, comparison: Comparison) -> None:
             linewidth=1.6,
             linestyle=style,
             label=_text(result.label),
-            marker="o",
-            markersize=2.5,
+            marker=marker(number),
+            markersize=3.0,
         )
     limits = loss_limits(comparison)
     if limits is not None:
         axes.set_ylim(*limits)
     axes.set_xlabel(f"{name}tokens", fontsize=8)
     axes.set_title("validation loss, nats a token\n(band: least to most over seeds)", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=7, loc="upper right")
+    if len(comparison.arms) <= _LEGEND_INSIDE:
+        axes.legend(frameon=False, fontsize=7, loc="upper right")
+    else:
+        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.09), ncols=4)
 
 
 def _forest(axes: Any, results: Sequence[tuple[int, ArmResult]], confidence: float) -> None:
-    reach = 0.0
+    ends_shown = [0.0]
     for y, (number, result) in enumerate(results):
         gap, shade = result.gap_fraction, color(number)
         if gap is None or gap.mean is None:
@@ -115,14 +130,13 @@ def _forest(axes: Any, results: Sequence[tuple[int, ArmResult]], confidence: flo
                 base = result.tokens_to_target[seed].target
                 ends = [100 * v / base for v in result.windows[seed][1:]]
                 axes.plot(ends, [place, place], color=shade, linewidth=1, alpha=0.6)
-                reach = max(reach, *map(abs, ends))
+                ends_shown += ends
             axes.plot(100 * value, place, ".", color=shade, markersize=4, alpha=0.8)
-            reach = max(reach, abs(100 * value))
-        axes.plot(100 * gap.mean, y, "D", color=shade, markersize=5)
+            ends_shown.append(100 * value)
+        axes.plot(100 * gap.mean, y, marker(number), color=shade, markersize=5)
         if gap.low is not None and gap.high is not None:
             axes.plot([100 * gap.low, 100 * gap.high], [y, y], color=shade, linewidth=2.2)
-    # The interval of two seeds is twelve deviations wide: the seeds set the range, it runs out of the picture
-    axes.set_xlim(-2.5 * (reach or 1), 2.5 * (reach or 1))
+    _set_range(axes, min(ends_shown), max(ends_shown))
     axes.axvline(0, color="#404040", linewidth=0.8)
     axes.set_yticks(range(len(results)), [_text(r.label) for _, r in results], fontsize=8)
     axes.set_ylim(len(results) - 0.4, -0.6)
@@ -131,6 +145,20 @@ def _forest(axes: Any, results: Sequence[tuple[int, ArmResult]], confidence: flo
         fontsize=9,
         loc="left",
     )
+
+
+def _set_range(axes: Any, low: float, high: float) -> None:
+    """low, high: of the seeds, which set the range: the interval of two is twelve deviations wide, and runs out of it."""
+    if max(-low, high) <= _WIDE_PERCENT:
+        margin = 0.75 * (high - low or 1.0)
+        axes.set_xlim(low - margin, high + margin)
+        return
+    axes.set_xscale("symlog", linthresh=_LINEAR_PERCENT, linscale=1.0)
+    axes.set_xlim(min(2.5 * low, -_LINEAR_PERCENT), max(2.5 * high, _LINEAR_PERCENT))
+    left, right = axes.get_xlim()
+    ticks = [t for t in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if left <= t <= right]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
 
 
 def draw(comparison: Comparison) -> Any:

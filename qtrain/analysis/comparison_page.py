@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .comparison import Comparison
-from .comparison_figures import band, color, loss_limits
+from .comparison_figures import MARKERS, band, color, loss_limits, marker
 from .comparison_table import COLUMNS, headline, notes, table_rows, verdict_lines
 from .curves import Array
 
@@ -30,6 +30,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3em .7em .3em 0; border-bottom: 1px solid #ddd; white-space: pre-line; }
 .healthy { color: #1b6e20; } .noisy { color: #8a5a00; } .unstable, .diverged, .failed { color: #b01010; }
+code { overflow-wrap: anywhere; }
 li { color: #444; } .incomplete { color: #555; } .gate { background: #fdecea; padding: .5em 1em; } img { max-width: 100%; }
 """
 
@@ -59,14 +60,22 @@ def _thin(x: Array, y: Array, points: int) -> tuple[Any, Any]:
     return x.astype(np.float32), y.astype(np.float32)
 
 
-def _layout(figure: Any, title: str, y: str, height: int = 420) -> Any:
+def _layout(figure: Any, y: str, height: int = 420) -> Any:
+    """The legend below, where it leaves the curves their width on a narrow screen."""
+    names = len({trace.name for trace in figure.data if trace.showlegend is not False})
+    below = 24 * -(-names // 4)
     figure.update_layout(
-        title=title, height=height, template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 45},
-        hovermode="closest", legend={"font": {"size": 11}},
+        height=height + below, template="plotly_white", margin={"l": 60, "r": 20, "t": 30, "b": 45 + below},
+        hovermode="closest",
+        legend={"font": {"size": 11}, "orientation": "h", "yanchor": "top", "yref": "container", "y": below / (height + below)},
     )  # fmt: skip
     figure.update_xaxes(title="tokens")
     figure.update_yaxes(title=y)
     return figure
+
+
+def _symbol(number: int) -> str:
+    return MARKERS[marker(number)]
 
 
 def _loss_figure(go: Any, comparison: Comparison) -> Any:
@@ -82,15 +91,21 @@ def _loss_figure(go: Any, comparison: Comparison) -> Any:
             legendgroup=name, showlegend=False,
         )  # fmt: skip
         figure.add_scatter(
-            x=at, y=mean, name=name, legendgroup=name, mode="lines+markers", line={"color": shade}
+            x=at,
+            y=mean,
+            name=name,
+            legendgroup=name,
+            mode="lines+markers",
+            line={"color": shade},
+            marker={"symbol": _symbol(number)},
         )
     limits = loss_limits(comparison)
     if limits is not None:
         figure.update_yaxes(range=limits)
-    return _layout(figure, "Validation loss: mean and range over seeds", "nats a token")
+    return _layout(figure, "nats a token")
 
 
-def _steps_figure(go: Any, comparison: Comparison, what: str, title: str, y: str) -> Any:
+def _steps_figure(go: Any, comparison: Comparison, what: str, y: str) -> Any:
     runs = sum(len(r.arm.runs) for r in comparison.arms)
     points = max(10, min(_MOST_POINTS, _POINTS // max(1, 2 * runs)))
     figure = go.Figure()
@@ -115,7 +130,7 @@ def _steps_figure(go: Any, comparison: Comparison, what: str, title: str, y: str
                     hovertemplate=f"{name} seed {seed}: spike, %{{y:.3f}}<extra></extra>",
                 )  # fmt: skip
     figure.update_yaxes(type="log")
-    return _layout(figure, title, y)
+    return _layout(figure, y)
 
 
 def _gap_figure(go: Any, comparison: Comparison) -> Any:
@@ -129,20 +144,14 @@ def _gap_figure(go: Any, comparison: Comparison) -> Any:
         error = None if arm is None else {"type": "data", "array": [arm], "thickness": 2.5}
         figure.add_scatter(
             x=[100 * gap.mean], y=[name], error_x=error, mode="markers", name=name, showlegend=False,
-            marker={"color": shade, "size": 11, "symbol": "diamond"},
+            marker={"color": shade, "size": 10, "symbol": _symbol(number)},
         )  # fmt: skip
         figure.add_scatter(
             x=[100 * v for v in gap.differences.values()], y=[name] * gap.n, mode="markers", showlegend=False,
             text=[f"seed {s}" for s in gap.differences], marker={"color": shade, "size": 6, "opacity": 0.5},
         )  # fmt: skip
     figure.add_vline(x=0, line={"color": "#404040", "width": 1})
-    height = 160 + 28 * len(comparison.arms)
-    _layout(
-        figure,
-        f"Gap to {html.escape(comparison.baseline.label)}: seeds and {comparison.confidence:.0%} interval",
-        "",
-        height,
-    )
+    _layout(figure, "", 140 + 28 * len(comparison.arms))
     figure.update_xaxes(title="% of the baseline's loss")
     figure.update_yaxes(autorange="reversed")
     return figure
@@ -164,30 +173,37 @@ def _sqnr_figure(go: Any, comparison: Comparison) -> Any | None:
         figure.add_scatter(
             x=steps_seen, y=[lowest[s][0] for s in steps_seen], text=[lowest[s][1] for s in steps_seen],
             name=html.escape(result.label), mode="lines+markers", line={"color": color(number)},
+            marker={"symbol": _symbol(number)},
         )  # fmt: skip
     if not figure.data:
         return None
-    _layout(figure, "Lowest SQNR of any operand (point at a mark: which)", "dB")
+    _layout(figure, "dB")
     figure.update_xaxes(title="step")
     return figure
 
 
 def _figures(comparison: Comparison) -> Iterator[str]:
     go = _plotly()
-    figures = [
-        _loss_figure(go, comparison),
-        _gap_figure(go, comparison),
-        _steps_figure(
-            go, comparison, "loss", "Training loss (means of stretches; crosses: spikes)", "nats a token"
+    gap = f"Gap to {comparison.baseline.label}: seeds and {comparison.confidence:.0%} interval"
+    figures = {
+        "Validation loss: mean and range over seeds": _loss_figure(go, comparison),
+        gap: _gap_figure(go, comparison),
+        "Training loss (means of stretches; crosses: spikes)": _steps_figure(
+            go, comparison, "loss", "nats a token"
         ),
-        _steps_figure(
-            go, comparison, "grad_norm", "Gradient norm before clipping (crosses: spikes of the loss)", "norm"
+        "Gradient norm before clipping (crosses: spikes of the loss)": _steps_figure(
+            go, comparison, "grad_norm", "norm"
         ),
-        _sqnr_figure(go, comparison),
-    ]
-    for i, figure in enumerate(f for f in figures if f is not None):
-        # The first brings plotly.js along, the file itself: nothing is fetched
-        yield figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
+        "Lowest SQNR of any operand (point at a mark: which)": _sqnr_figure(go, comparison),
+    }
+    config = {"displaylogo": False, "responsive": True}
+    first = True
+    for title, figure in figures.items():
+        if figure is not None:
+            # The first brings plotly.js along, the file itself: nothing is fetched
+            yield f"<h2>{html.escape(title)}</h2>"
+            yield figure.to_html(full_html=False, include_plotlyjs=first, config=config)
+            first = False
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

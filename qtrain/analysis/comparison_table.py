@@ -26,6 +26,8 @@ COLUMNS = (
     "states, MB",
     "lowest SQNR",
 )
+# Those that a narrow terminal has room for
+FEW_COLUMNS = ("arm", "verdicts", "val loss", "gap, % (over seeds)", "seeds worse, p")
 UNKNOWN = "?"
 
 

@@ -1,4 +1,4 @@
-"""Scores of whole curves at once, for hundreds of finished runs; their definitions and thresholds are those of ``spikes.py``.
+"""Scores of whole curves at once, for hundreds of finished runs; their definitions are those of ``spikes.py``.
 
     robust score   0.6745 (u_t - median(w)) / MAD(w),  u = log x,  w = the WINDOW finite values before t
     spike score    share of values more than 7 standard deviations from the mean of the 1000 before (OLMo 2, arXiv 2501.00656)
@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .spikes import ALERT, JOINT_ALERT, LEAST, LEAST_MAD, ROLLING, SIGMAS, WINDOW
+from .limits import JOINT_SCORE, SIGMAS, SPIKE_SCORE
+from .spikes import LEAST, LEAST_MAD, ROLLING, WINDOW
 
 # Rows of windows at a time: 8192 x 100 float64 are 7 MB
 _CHUNK = 8192
@@ -56,18 +57,18 @@ def _score(u: NDArray[np.float64], windows: NDArray[np.float64]) -> NDArray[np.f
 
 
 def spikes(loss_scores: NDArray[np.float64]) -> list[int]:
-    """Indices of the steps whose robust score exceeds ALERT; those that are not positive and finite count."""
-    return np.flatnonzero(loss_scores > ALERT).tolist()
+    """Indices of the steps whose robust score exceeds SPIKE_SCORE; those that are not positive and finite count."""
+    return np.flatnonzero(loss_scores > SPIKE_SCORE).tolist()
 
 
 def joint_spikes(loss_scores: NDArray[np.float64], grad_norms: ArrayLike) -> list[int]:
-    """Indices of the steps where loss and gradient norm score above JOINT_ALERT together. Gradient norms that are nan
+    """Indices of the steps where loss and gradient norm score above JOINT_SCORE together. Gradient norms that are nan
     (not logged) have no score."""
     norms = np.asarray(grad_norms, dtype=np.float64)
     logged = ~np.isnan(norms)
     high = np.zeros(len(norms), dtype=bool)
-    high[logged] = robust_scores(norms[logged]) > JOINT_ALERT
-    return np.flatnonzero((loss_scores > JOINT_ALERT) & high).tolist()
+    high[logged] = robust_scores(norms[logged]) > JOINT_SCORE
+    return np.flatnonzero((loss_scores > JOINT_SCORE) & high).tolist()
 
 
 def spike_score(values: ArrayLike) -> float | None:

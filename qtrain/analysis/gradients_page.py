@@ -10,6 +10,8 @@ from typing import Any
 from .gradients import RecipeGradients, Statistics
 
 COLUMNS = ("recipe", "of", "GEMM", "cosine", "alignment", "bias", "floor", "deviation", "decay", "own cosine")
+# 1 - cosine of less is float32 noise: the GEMM is exact, and has no place on a logarithmic axis
+_EXACT = 1e-12
 COLORS = ("#1f4e79", "#c0504d", "#2e7d32", "#b26a00", "#6a3d9a", "#00838f", "#5d4037", "#7f7f7f")
 
 
@@ -60,7 +62,14 @@ def picture(study: Mapping[str, RecipeGradients], title: str, path: Path) -> Non
     figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     decay, blame = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.6)})
-    layers = list(dict.fromkeys(layer for found in study.values() for layer, _ in found.own))
+    layers = list(
+        dict.fromkeys(
+            layer
+            for found in study.values()
+            for (layer, gemm), s in found.own.items()
+            if gemm != "fprop" and s.cosine < 1 - _EXACT
+        )
+    )
     for i, (name, found) in enumerate(study.items()):
         color = COLORS[i % len(COLORS)]
         curve = [(n, e2) for n, e2 in found.total.decay_curve if e2 > 0]
@@ -76,7 +85,7 @@ def picture(study: Mapping[str, RecipeGradients], title: str, path: Path) -> Non
             points = [
                 (layers.index(layer), 1 - s.cosine)
                 for (layer, g), s in found.own.items()
-                if g == gemm and s.cosine < 1 - 1e-12
+                if g == gemm and s.cosine < 1 - _EXACT
             ]
             if points:
                 blame.plot(
@@ -93,7 +102,7 @@ def picture(study: Mapping[str, RecipeGradients], title: str, path: Path) -> Non
     decay.set_title("whole gradient", loc="left", fontsize=10)
     blame.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
     blame.set_ylabel("1 - cosine, of each layer alone")
-    blame.set_title("where it comes from", loc="left", fontsize=10)
+    blame.set_title("where it comes from (layers that err)", loc="left", fontsize=10)
     for axes in (decay, blame):
         if axes.lines:
             axes.set_yscale("log")

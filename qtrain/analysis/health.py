@@ -1,14 +1,15 @@
 """The verdict on a run, in one sentence, with the numbers that it rests on.
 
 healthy      nothing below was seen
-noisy        it trained, with spikes, or with operands that lose much of what they carry
+noisy        it trained, with spikes, with operands that lose much of what they carry, with weight gradients that the noise
+             of quantization hides, or with saturated attention
 unstable     the loss left its course and came back, or an operand is more noise than signal
 diverged     a loss or gradient was not finite, or the loss ended far above what it had been
 incomplete   killed, interrupted or running; no alarm until there
 failed       it did not learn, or its files, disk, data or census say that it does not count
 
 Where instruments were logged, the layer, GEMM and operand to blame are named; the census at step 0 serves where they
-were not. All thresholds stand in ``Limits``. (How a run *ended* is verdict.json, ``training/verdict.py``.)
+were not. All thresholds stand in ``limits.py``. (How a run *ended* is verdict.json, ``training/verdict.py``.)
 """
 
 from __future__ import annotations
@@ -20,35 +21,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import curve_scores
-from .blame import Blame, failing_operand, low_operands, worst_instruments
+from .blame import Blame, failing_operand, lasting_trouble, low_operands, worst_instruments
+from .instrument_records import Alert
+from .limits import (
+    CLIP_SHARE,
+    DIVERGED_NATS,
+    JOINT_SCORE,
+    LEARNED_NATS,
+    LONE_SPIKES,
+    SPIKE_SCORE,
+    SPIKE_SHARE,
+)
 from .run_records import RunRecord
-from .spikes import ALERT, DIVERGED_NATS, JOINT_ALERT, LEAST
+from .spikes import LEAST
 
 HEALTHY, NOISY, UNSTABLE, DIVERGED = "healthy", "noisy", "unstable", "diverged"
 INCOMPLETE, FAILED = "incomplete", "failed"
 VERDICTS = (HEALTHY, NOISY, UNSTABLE, DIVERGED, INCOMPLETE, FAILED)
 # Verdicts on what the run computed, as opposed to what became of it
 NUMERICAL = (HEALTHY, NOISY, UNSTABLE, DIVERGED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What raises an alarm. Spikes that the unquantized run of the same seed has in the same steps are the data's, and
-    raise none."""
-
-    # OLMo 2 (arXiv 2501.00656) counts 0.40 % of steps of the gradient norm as spikes before its new initialization, and
-    # 0.03 % after: between them
-    spike_share: float = 0.001
-    # One lone loss spike is a batch of odd text; with the gradient, or a second time, it is the run's
-    lone_spikes: int = 1
-    # Of the loss, over the least rolling median: as at the end of a run
-    excess_nats: float = DIVERGED_NATS
-    # Gradients of longer than the clip, after the warm-up and the first fifth of the run: a note, not an alarm, since the
-    # clip is a setting
-    clip_share: float = 0.05
-    # Of a loss that has fallen by less in LEAST steps or more: it does not learn. Unigram counts alone are worth ln 257 - 3.2
-    # = 2.3 nats of bytes
-    learned_nats: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,16 +66,17 @@ class _Alarm:
     step: int | None = None
 
 
-def judge(run: RunRecord, reference: RunRecord | None = None, limits: Limits | None = None) -> Health:
-    """reference: the unquantized run of the same seed and data."""
-    limits = limits or Limits()
+def judge(run: RunRecord, reference: RunRecord | None = None) -> Health:
+    """reference: the unquantized run of the same seed and data; spikes that it has in the same steps are the data's, and
+    raise no alarm."""
     if run.state == "unreadable":
         return Health(FAILED, f"failed: {run.problem}", (str(run.problem),))
     shared = _spikes(reference) if reference is not None and reference is not run else frozenset()
-    alarms = [*_not_finite(run), *_course(run, limits), *_stall(run, limits)]
-    spiky, notes = _spike_alarms(run, shared, limits)
-    low, kept = low_operands(run), _notes(run, limits)
+    alarms = [*_not_finite(run), *_course(run), *_stall(run)]
+    spiky, notes = _spike_alarms(run, shared)
+    low, kept = low_operands(run), _notes(run)
     alarms += [*spiky, *(_Alarm(NOISY if db > 0 else UNSTABLE, text) for db, text in low)]
+    alarms += [_Alarm(NOISY, text) for text in lasting_trouble(run)]
     of_course = [a for a in alarms if a.verdict in (DIVERGED, UNSTABLE, NOISY)]
     verdict = next(
         (v for v in (DIVERGED, FAILED, UNSTABLE, NOISY) if any(a.verdict == v for a in alarms)), None
@@ -155,18 +147,18 @@ def _not_finite(run: RunRecord) -> list[_Alarm]:
     return alarms
 
 
-def _course(run: RunRecord, limits: Limits) -> list[_Alarm]:
+def _course(run: RunRecord) -> list[_Alarm]:
     """The loss far above what it had been: at the end, or in between."""
     finite = np.flatnonzero(np.isfinite(run.curves.loss))
     losses = run.curves.loss[finite]
     above = curve_scores.excess(losses)
     alarms: list[_Alarm] = []
-    if len(above) and above.max() > limits.excess_nats:
-        at_end = above[-1] > limits.excess_nats
-        crossed = int(np.argmax(above > limits.excess_nats))
+    if len(above) and above.max() > DIVERGED_NATS:
+        at_end = above[-1] > DIVERGED_NATS
+        crossed = int(np.argmax(above > DIVERGED_NATS))
         start = max(0, crossed - LEAST + 1)
         floor = float(np.min(losses[: start + 1]))
-        left = np.flatnonzero(losses[start : crossed + 1] > floor + limits.excess_nats)
+        left = np.flatnonzero(losses[start : crossed + 1] > floor + DIVERGED_NATS)
         step = _step(run, finite[start + int(left[0]) if len(left) else crossed])
         how = "did not come back" if at_end else "came back"
         text = f"the loss rose from step {step} on, by up to {above.max():.2f} nats above its best, and {how}"
@@ -180,7 +172,7 @@ def _course(run: RunRecord, limits: Limits) -> list[_Alarm]:
     return alarms
 
 
-def _stall(run: RunRecord, limits: Limits) -> list[_Alarm]:
+def _stall(run: RunRecord) -> list[_Alarm]:
     """Weights that stand still, and a loss that never fell."""
     curves = run.curves
     same = np.flatnonzero((np.diff(curves.val_loss) == 0) & (np.diff(curves.val_step) > 0))
@@ -196,12 +188,12 @@ def _stall(run: RunRecord, limits: Limits) -> list[_Alarm]:
     if not from_scratch or len(finite) < 2 * LEAST:
         return []
     start, end = float(np.median(finite[:3])), float(np.median(finite[-LEAST:]))
-    if abs(start - end) < limits.learned_nats:
+    if abs(start - end) < LEARNED_NATS:
         return [_Alarm(FAILED, f"it does not learn: the loss is {end:.3f} after {start:.3f} at the start", 1)]
     return []
 
 
-def _spike_alarms(run: RunRecord, shared: frozenset[int], limits: Limits) -> tuple[list[_Alarm], list[str]]:
+def _spike_alarms(run: RunRecord, shared: frozenset[int]) -> tuple[list[_Alarm], list[str]]:
     """Alarms and notes. Non-finite losses are ``_not_finite``'s, a loss that leaves its course for good ``_course``'s."""
     losses = run.curves.loss
     if len(losses) == 0:
@@ -215,10 +207,10 @@ def _spike_alarms(run: RunRecord, shared: frozenset[int], limits: Limits) -> tup
         notes.append(
             f"{len(mine) - len(own)} loss spikes in steps where the baseline has them too: the data's"
         )
-    if joint or (len(own) > limits.lone_spikes and len(own) / len(losses) > limits.spike_share):
+    if joint or (len(own) > LONE_SPIKES and len(own) / len(losses) > SPIKE_SHARE):
         gradient = f", {len(joint)} of loss and gradient norm together" if joint else ""
         first = min([*own, *joint])
-        text = f"{len(own)} loss spikes{gradient}, the first at step {first} (score above {ALERT:g}, together {JOINT_ALERT:g})"
+        text = f"{len(own)} loss spikes{gradient}, the first at step {first} (score above {SPIKE_SCORE:g}, together {JOINT_SCORE:g})"
         return [_Alarm(NOISY, text, first)], notes
     if own:
         notes.append(
@@ -227,13 +219,29 @@ def _spike_alarms(run: RunRecord, shared: frozenset[int], limits: Limits) -> tup
     return [], notes
 
 
-def _notes(run: RunRecord, limits: Limits) -> Sequence[str]:
-    notes = worst_instruments(run)
+def _alerts(run: RunRecord) -> list[str]:
+    """A note on what the instruments cried while it trained: each name once."""
+    by_name: dict[str, list[Alert]] = {}
+    for alert in run.alerts:
+        by_name.setdefault(alert.name, []).append(alert)
+    return [
+        f"alert {name} while it trained, at step {', '.join(str(a.step) for a in found[:3])}"
+        f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}: {found[0].message}"
+        for name, found in by_name.items()
+    ]
+
+
+def _notes(run: RunRecord) -> Sequence[str]:
+    notes = [*worst_instruments(run), *_alerts(run)]
+    if run.instruments_cut and run.state == "completed":
+        notes.append(
+            "instruments.jsonl ends in the middle of a row: what the instruments found later is lost"
+        )
     curves = run.curves
     late = max(int((run.config.get("schedule") or {}).get("warmup_steps") or 0), len(curves) // 5)
     clipped = curves.clipped[late:]
     clipped = clipped[~np.isnan(clipped)]
-    if len(clipped) >= LEAST and clipped.mean() > limits.clip_share:
+    if len(clipped) >= LEAST and clipped.mean() > CLIP_SHARE:
         notes.append(
             f"{clipped.mean():.0%} of the gradients after step {late} are clipped: the clip norm sets those steps"
         )

@@ -36,10 +36,12 @@ class Alert:
 
 @dataclass(frozen=True)
 class InstrumentRecord:
-    """samples: step -> name -> number, as ``quant/blocks.0.mlp.up/fprop.input/sqnr_db``; alerts in their order."""
+    """samples: step -> name -> number, as ``quant/blocks.0.mlp.up/fprop.input/sqnr_db``; alerts in their order. cut: whether the
+    file ends in the middle of a row, as a kill leaves it."""
 
     samples: Mapping[int, Mapping[str, float]]
     alerts: tuple[Alert, ...]
+    cut: bool = False
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, number) of one metric."""
@@ -85,7 +87,7 @@ def read_instruments(path: str | Path) -> InstrumentRecord:
         else:
             value, limit = float(row["value"]), float(row["limit"])
             alerts.append(Alert(row["step"], row["tokens"], row["name"], value, limit, row["message"]))
-    return InstrumentRecord(samples, tuple(alerts))
+    return InstrumentRecord(samples, tuple(alerts), cut=bool(lines) and lines[-1] != b"")
 
 
 def rewound_instruments(path: Path, step: int) -> str | None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from . import curve_scores
 from .curves import Curves, curves_of
 from .instrument_records import INSTRUMENTS, Alert, read_instruments
-from .spikes import DIVERGED_NATS
+from .limits import DIVERGED_NATS
 
 _METRICS, _SUMMARY, _VERDICT, _CONFIG = "metrics.jsonl", "summary.json", "verdict.json", "config.yaml"
 _WINDOWS, _CENSUS = "window_losses.npy", "census.json"
@@ -33,7 +33,8 @@ _WINDOWS, _CENSUS = "window_losses.npy", "census.json"
 class RunRecord:
     """state: see above. problem: a sentence on why it is not ``completed``. config: the run's own; summary: its numbers
     (empty unless it completed). verdict: verdict.json. window_losses: [n] nats a token of the final validation's
-    windows, where they were kept. observations: of the census, the quantized operands'. alerts: of the instruments, as it trained."""
+    windows, where they were kept. observations: of the census, the quantized operands'. alerts: of the instruments, as it
+    trained. instruments_cut: whether the file of the instruments ends in the middle of a row."""
 
     folder: Path
     name: str
@@ -47,6 +48,7 @@ class RunRecord:
     window_losses: NDArray[np.float64] | None = field(repr=False, default=None)
     observations: tuple[Mapping[str, Any], ...] = field(repr=False, default=())
     alerts: tuple[Alert, ...] = field(repr=False, default=())
+    instruments_cut: bool = field(repr=False, default=False)
 
     @property
     def completed(self) -> bool:
@@ -78,7 +80,10 @@ class RunRecord:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: it was cut or altered ({error})") from error
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -94,18 +99,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def unreadable(folder: Path, error: Exception) -> RunRecord:
-    """The record of files that are not those of a run."""
+def unreadable(folder: Path, error: Exception, config: Mapping[str, Any] | None = None) -> RunRecord:
+    """The record of files that are not those of a run. config: where that at least could be read."""
     problem = f"its files are not those of a run ({type(error).__name__}: {error})"
-    return RunRecord(folder, folder.parent.name, -1, "unreadable", problem, {}, {}, curves_of([], 0))
+    known = config if config and "seed" in config else {}
+    name, seed = str(known.get("name", folder.parent.name)), int(known.get("seed", -1))
+    return RunRecord(folder, name, seed, "unreadable", problem, known, {}, curves_of([], 0))
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of one run; one that cannot be read is a record too, with its folder's names."""
+    """The record of one run; one that cannot be read is a record too, with the name and seed of its config, else with
+    its folder's names and seed -1."""
+    config = None
     try:
-        return _read(folder)
+        config = _config(folder / _CONFIG)
+        return _read(folder, config)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        return unreadable(folder, error)
+        return unreadable(folder, error, config)
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -122,12 +132,15 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 
 def _windows(path: Path) -> NDArray[np.float64] | None:
-    return np.load(path, allow_pickle=False).astype(np.float64).ravel() if path.is_file() else None
+    try:
+        return np.load(path, allow_pickle=False).astype(np.float64).ravel() if path.is_file() else None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path.name} was cut or altered ({error})") from error
 
 
-def _read(folder: Path) -> RunRecord:
-    config, verdict = _config(folder / _CONFIG), _json(folder / _VERDICT)
-    rows, instruments = _rows(folder / _METRICS), read_instruments(folder / INSTRUMENTS)
+def _read(folder: Path, config: Mapping[str, Any]) -> RunRecord:
+    verdict, rows = _json(folder / _VERDICT), _rows(folder / _METRICS)
+    instruments = read_instruments(folder / INSTRUMENTS)
     step_tokens = float(config.get("batch_sequences", 0)) * float(config.get("sequence_tokens") or 0)
     curves = curves_of(rows, step_tokens, instruments.samples)
     summary = _json(folder / _SUMMARY) if verdict and verdict["outcome"] == "completed" else None
@@ -145,6 +158,7 @@ def _read(folder: Path) -> RunRecord:
         verdict=verdict or {},
         window_losses=_windows(folder / _WINDOWS) if state == "completed" else None,
         alerts=instruments.alerts,
+        instruments_cut=instruments.cut,
         observations=tuple(o for o in census["eager"]["observations"] if o["levels"] is not None),
     )
 

@@ -52,7 +52,7 @@ def as_json(found: Sequence[Sharpness]) -> list[dict[str, Any]]:
 
 
 def picture(found: Sequence[Sharpness], title: str, path: Path) -> None:
-    """A PNG: two bars for each checkpoint and recipe."""
+    """A PNG: two bars for each checkpoint and recipe. Eigenvalues are compared within one kind: the bars say which."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +64,11 @@ def picture(found: Sequence[Sharpness], title: str, path: Path) -> None:
         (panels[0], "m-sharpness (nats per token)", [one.sharpness.mean for one in found], "#1f4e79"),
         (panels[1], "top eigenvalue of the Hessian", [one.eigenvalue.value for one in found], "#c0504d"),
     ):
-        axes.barh(places, values, color=color, height=0.6)
+        bars = axes.barh(places, values, color=color, height=0.6)
+        if axes is panels[1]:
+            kinds = [f" {one.eigenvalue.method.replace('_', ' ')} " for one in found]
+            axes.bar_label(bars, kinds, fontsize=7)
+            axes.margins(x=0.45)
         axes.set_xlabel(label)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""Spikes and divergence of a curve, step by step or of a whole run.
+"""Spikes and divergence of a curve, step by step as a run lives (of whole curves: ``curve_scores.py``).
 
     robust score   u_t = log x_t,    0.6745 (u_t - median(w)) / MAD(w),    w = the WINDOW steps before t
     spike score    share of steps with |x_t - mean(w)| > SIGMAS std(w),    w = the ROLLING steps before t
@@ -14,24 +14,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from .limits import DIVERGED_NATS, DIVERGED_STEPS, SIGMAS
+
 WINDOW = 100
-ALERT = 8.0
-# Of loss and gradient norm in the same step: each alone may reach this by chance
-JOINT_ALERT = 6.0
 ROLLING = 1000
-SIGMAS = 7.0
 # With fewer steps before it a step has no score: a median of a few points of a steep start means nothing.
 LEAST = 20
 # Of a constant stretch; relative differences of losses below this are float32 noise.
 LEAST_MAD = 1e-6
-# The loss of a model that forgot what it knew; noise between steps is a tenth of it, between
-# validations a hundredth.
-DIVERGED_NATS = 0.5
-# As long as the window of a score: a spike that recovers within it is a spike
-DIVERGED_STEPS = WINDOW
 
 
 class RobustScore:
@@ -99,34 +92,3 @@ def state_of(curve: RobustScore | SigmaSpikes | Divergence) -> dict[str, Any]:
 def put_back(curve: RobustScore | SigmaSpikes | Divergence, state: Mapping[str, Any]) -> None:
     for k, v in state.items():
         setattr(curve, k, deque(v, maxlen=getattr(curve, k).maxlen) if isinstance(v, list) else v)
-
-
-def robust_scores(values: Sequence[float]) -> list[float]:
-    """The robust score of every step."""
-    score = RobustScore()
-    return [score.of(x) for x in values]
-
-
-def spike_steps(losses: Sequence[float]) -> list[int]:
-    """Indices of the steps whose score exceeds ALERT. Losses that are not positive and finite count as spikes."""
-    return [i for i, score in enumerate(robust_scores(losses)) if score > ALERT]
-
-
-def joint_spike_steps(losses: Sequence[float], grad_norms: Sequence[float]) -> list[int]:
-    """Indices of the steps at which loss and gradient norm exceed JOINT_ALERT together."""
-    both = zip(robust_scores(losses), robust_scores(grad_norms), strict=True)
-    return [i for i, (loss, norm) in enumerate(both) if min(loss, norm) > JOINT_ALERT]
-
-
-def spike_share(values: Sequence[float]) -> float:
-    """The spike score of a curve, 0 to 1."""
-    found = SigmaSpikes()
-    for x in values:
-        found.of(x)
-    return found.share
-
-
-def diverged_at(losses: Sequence[float]) -> int | None:
-    """Index of the step by which the run had diverged, or None."""
-    found = Divergence()
-    return next((i for i, loss in enumerate(losses) if found.of(loss)), None)

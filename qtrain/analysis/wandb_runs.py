@@ -11,6 +11,8 @@ W&B keeps neither the losses of validation windows nor the census, so that such 
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from .curves import curves_of
+from .instrument_records import Alert
 from .run_records import RunRecord, state_of, unreadable
 
 _BLOCK, _HEADER, _PREFIX, _MAGIC = 1 << 15, 7, 7, b":W&B"
 _WHOLE, _LAST = 1, 4
 ONLINE = "wandb:"
 _AXES = ("step", "tokens")
+# As ``Instrument.alert_where`` writes it
+_ALERT = re.compile(r"step (?P<step>\d+): (?P<message>.*)", re.DOTALL)
 # First parts of the instruments' names (docs/instruments.md)
 _INSTRUMENTS = ("stability", "quant", "optim", "weights", "attention")
 
@@ -61,7 +66,7 @@ def _put(into: dict[str, Any], item: Any) -> None:
 
 
 def _attempt(path: Path) -> dict[str, Any]:
-    """One ``.wandb`` file: id, name, group, config, summary, rows, exit (None: it has not ended)."""
+    """One ``.wandb`` file: id, name, group, config, summary, rows, alerts, exit (None: it has not ended)."""
     from wandb.proto import wandb_internal_pb2
 
     config: dict[str, Any] = {}
@@ -73,7 +78,8 @@ def _attempt(path: Path) -> dict[str, Any]:
         "group": "",
         "exit": None,
     }
-    found |= {"config": config, "summary": summary, "rows": rows}
+    alerts: list[Alert] = []
+    found |= {"config": config, "summary": summary, "rows": rows, "alerts": alerts}
     for message in messages(path):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(message)
@@ -91,6 +97,11 @@ def _attempt(path: Path) -> dict[str, Any]:
             for item in record.history.item:
                 _put(row, item)
             rows.append(row)
+        elif kind == "alert":
+            text = _ALERT.fullmatch(record.alert.text)
+            if text:
+                step = int(text["step"])
+                alerts.append(Alert(step, 0, record.alert.title, math.nan, math.nan, text["message"]))
         elif kind == "exit":
             found["exit"] = record.exit.exit_code
     return found
@@ -124,6 +135,17 @@ def merged(attempts: Iterable[Sequence[Mapping[str, Any]]]) -> list[dict[str, An
     return [kept[key] for key in sorted(kept, key=lambda k: k[1])]
 
 
+def _alerts(attempts: Sequence[Mapping[str, Any]]) -> tuple[Alert, ...]:
+    """Of all attempts of a run; those of steps that a later attempt did again are that one's."""
+    kept: list[Alert] = []
+    for attempt in attempts:
+        first = min(
+            (int(row["step"]) for row in attempt["rows"] if row.get("step") is not None), default=None
+        )
+        kept = [a for a in kept if first is None or a.step < first] + attempt["alerts"]
+    return tuple(kept)
+
+
 def _samples(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     return {
         int(row["step"]): {k: float(v) for k, v in row.items() if "/" in k}
@@ -133,9 +155,16 @@ def _samples(rows: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 def _record(
-    place: Path, name: str, config: Any, summary: Mapping[str, Any], rows: Any, ended: bool, label: str
+    place: Path,
+    name: str,
+    config: Any,
+    summary: Mapping[str, Any],
+    rows: Any,
+    ended: bool,
+    label: str,
+    alerts: tuple[Alert, ...] = (),
 ) -> RunRecord:
-    """ended: without an error, as W&B knows it."""
+    """ended: without an error, as W&B knows it. alerts: W&B's API online does not give them."""
     config = {k: v for k, v in config.items() if k != "_wandb"}
     if "seed" not in config or "steps" not in config:
         raise ValueError("its configuration has no seed or steps: not a run of qtrain")
@@ -158,6 +187,7 @@ def _record(
         summary=numbers if done else {},
         curves=curves,
         verdict=verdict or {},
+        alerts=alerts,
     )
 
 
@@ -179,8 +209,9 @@ def read_offline(folders: Sequence[Path]) -> list[RunRecord]:
         summary = {k: v for _, a in attempts for k, v in a["summary"].items()}
         rows = merged([a["rows"] for _, a in attempts])
         try:
+            cried = _alerts([a for _, a in attempts])
             records.append(
-                _record(place, last["name"], config, summary, rows, last["exit"] == 0, last["group"])
+                _record(place, last["name"], config, summary, rows, last["exit"] == 0, last["group"], cried)
             )
         except (ValueError, KeyError, TypeError) as error:
             records.append(unreadable(place, error))
@@ -215,28 +246,3 @@ def read_online(address: str) -> list[RunRecord]:
         except (ValueError, KeyError, TypeError) as error:
             records.append(unreadable(place, error))
     return records
-
-
-def log_table(
-    name: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    page: Path | None,
-    *,
-    mode: str,
-    **where: Any,
-) -> str:
-    """A run of the job type "compare" with the table, and the page where there is one; where it lies. where: project,
-    entity, dir."""
-    import wandb
-
-    settings = wandb.Settings(
-        silent=True, console="off", save_code=False, disable_git=True, x_disable_meta=True
-    )
-    run = wandb.init(name=name, job_type="compare", mode=mode, settings=settings, **where)  # type: ignore[arg-type]
-    run.log({"comparison": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
-    if page is not None:
-        run.log({"page": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-    lies = run.url or run.dir
-    run.finish()
-    return str(lies)

@@ -2,9 +2,10 @@
 
     floor = 3 * 2 T I O / peak + (bytes of x, W, g read and y, dx, dW written, once each, in bf16) / copy bandwidth
 
-peak: of the measured bf16 GEMM, twice that for operands of 8 bits. Every contender has the same x, W and g, all bf16,
-and no autocast. saved: bytes that are alive between forward and backward beside the output: x where it is kept, codes,
-copies of W. error: relative distance of y, dx and dW from those of bf16; 0 says that nothing was quantized.
+peak: of the best bf16 GEMM measured beside it, twice that for operands of 8 bits. Every contender has the same x, W and g,
+all bf16, and no autocast. "In a graph": the same kernels replayed by a CUDA graph, where Python costs nothing; the share of
+the floor is that one's. saved: bytes that autograd keeps between forward and backward, the weight aside. error: relative
+distance of y, dx and dW from those of bf16; 0 says that nothing was quantized.
 
 T tokens, I in, O out.
 """
@@ -45,38 +46,45 @@ class LayerStep:
         self.model = nn.Sequential(linear)
         self.clock = contender.convert(self.model, (), seed)
         self.run = torch.compile(self.model, dynamic=False) if contender.compiled else self.model
-        self.x, self.g, self.steps = x, g, 0
+        self.x, self.g = x, g
         (self.weight,) = self.model.parameters()
 
-    def __call__(self) -> Tensor:
-        self.x.grad = self.weight.grad = None
-        y: Tensor = self.run(self.x)
-        y.backward(self.g)
-        return y
-
-    def results(self) -> tuple[Tensor, ...]:
-        """y, dx and dW of one call."""
-        y = self()
-        assert self.x.grad is not None
-        assert self.weight.grad is not None
-        return y.detach(), self.x.grad, self.weight.grad
-
-    def saved_bytes(self) -> int | None:
-        """Alive between forward and backward beside the output; read from CUDA's allocator, so also under a compiler.
-        None on another device."""
+    def __call__(self) -> tuple[Tensor, ...]:
+        """y, dx and dW."""
         import torch
 
-        if not self.x.is_cuda:
-            return None
-        self.x.grad = self.weight.grad = None
-        before = torch.cuda.memory_allocated()
-        entered = self.x.clone()  # not a leaf: nothing but what the layer saved keeps it
-        y = self.run(entered)
-        del entered
-        alive = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
-        y.backward(self.g)
-        self.x.grad = self.weight.grad = None
-        return alive
+        x = self._entering()
+        y: Tensor = self.run(x)
+        return (y.detach(), *torch.autograd.grad(y, (x, self.weight), self.g))
+
+    def _entering(self) -> Tensor:
+        """x as a tensor of its own: native layers keep the codes of the tensor that they quantized last, and would not
+        quantize the same one again."""
+        return self.x.detach().requires_grad_()
+
+    def graph(self) -> Callable[[], None]:
+        """The same kernels in a CUDA graph: what the GPU takes, without Python in between. Raises what the capture
+        raises."""
+        import torch
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(
+                2
+            ):  # as torch's documentation has it: libraries make their workspaces for the stream
+                self()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        return graph.replay  # type: ignore[no-any-return]
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps between forward and backward, without the weight."""
+        from qtrain.nn.saved_tensors import saved_bytes
+
+        return saved_bytes(lambda: self.run(self._entering()), self.model.parameters())
 
 
 def floor_ms(shape: Shape, bits: int, peak_per_s: float, copy_per_s: float) -> float:
@@ -96,7 +104,7 @@ def of_shape(
 ) -> dict[str, Any]:
     """The contenders on one shape: for each its times, saved bytes and errors, or why it did not run."""
     import torch
-    from qtrain_kernels.bench import interleaved_ms, roof
+    from qtrain_kernels.bench import interleaved_ms, rates, roof
 
     torch.compiler.reset()
     generator = torch.Generator(device).manual_seed(seed)
@@ -106,65 +114,84 @@ def of_shape(
         return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
 
     x, weight, g = drawn(T, I).requires_grad_(), drawn(O, I) * I**-0.5, drawn(T, O)
-    y = x.detach() @ weight.t()
-    want = (y, g @ weight, g.t() @ x.detach())
-    steps: dict[str, Callable[[], Any]] = {}
+    want = (x.detach() @ weight.t(), g @ weight, g.t() @ x.detach())
+    timed: dict[str, Callable[[], Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in arms:
         start = time.perf_counter()
         try:
             step = LayerStep(name, x, weight, g, seed)
-            errors = relative_errors(step.results(), want)
-            found[name] = {"errors": errors, "saved_bytes": step.saved_bytes()}
-            steps[name] = step
+            found[name] = {"errors": relative_errors(step(), want), "saved_bytes": step.saved_bytes()}
+            timed[name] = step
         except Exception as error:  # whatever another library raises is a row of the table
             found[name] = {"missing": reason(error)}
         seconds = time.perf_counter() - start
         print(f"  {name}: {found[name].get('missing', 'ready')}, {seconds:.1f} s", flush=True)
-    roofs = roof(device)
-    times = interleaved_ms(steps | {name: function for name, (function, _) in roofs.items()}, device, rounds)
-    rates = {name: work / statistics.median(times[name]) * 1e3 for name, (_, work) in roofs.items()}
-    for name in steps:
-        median = statistics.median(times[name])
-        floor = floor_ms(shape, CONTENDERS[name].bits, rates["bf16 peak"], rates["copy"])
-        tflops = 6 * T * I * O / median * 1e-9
-        found[name] |= {
-            "median_ms": median,
-            "floor_ms": floor,
-            "percent_of_floor": 100 * floor / median,
-            "tflop_per_s": tflops,
-        }
-        found[name]["ms"] = times[name]
-    return {"shape": list(shape), "contenders": found, "roof_per_s": rates, "rounds": rounds}
+    del want
+    graphs = _graphs(timed, found) if device == "cuda" else {}
+    roofs = roof(device, [(T, O, I)])
+    functions = timed | graphs | {name: function for name, (function, _) in roofs.items()}
+    times = interleaved_ms(functions, device, rounds)
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    reached = rates({name: work for name, (_, work) in roofs.items()}, medians)
+    for name in timed:
+        graph = f"{name} graph"
+        best = medians.get(graph, medians[name])
+        floor = floor_ms(shape, CONTENDERS[name].bits, reached["bf16 peak"], reached["copy"])
+        found[name] |= {"median_ms": medians[name], "graph_ms": medians.get(graph), "floor_ms": floor}
+        found[name] |= {"percent_of_floor": 100 * floor / best, "tflop_per_s": 6 * T * I * O / best * 1e-9}
+        found[name] |= {"ms": times[name], "ms_in_graph": times.get(graph)}
+    return {"shape": list(shape), "contenders": found, "roof_per_s": reached, "rounds": rounds}
 
 
-def _ratio(base: Mapping[str, Any] | None, row: Mapping[str, Any], key: str, *, inverse: bool) -> str:
-    if base is None or not base.get(key) or row[key] is None:
+def _graphs(
+    steps: Mapping[str, Callable[[], Any]], found: Mapping[str, dict[str, Any]]
+) -> dict[str, Callable[[], Any]]:
+    """ "NAME graph" -> its replay, of those that can be captured; of others ``found`` says why not."""
+    graphs: dict[str, Callable[[], Any]] = {}
+    for name, step in steps.items():
+        assert isinstance(step, LayerStep)
+        try:
+            graphs[f"{name} graph"] = step.graph()
+        except Exception as error:
+            found[name]["no_graph"] = reason(error)
+            print(f"  {name}: no graph: {reason(error)}", flush=True)
+    return graphs
+
+
+def _ratio(base: Mapping[str, Any], row: Mapping[str, Any], key: str, *, inverse: bool) -> str:
+    """bf16's over this one's, or the other way round; empty where one of them is not there."""
+    if not base.get(key) or not row.get(key):
         return ""
     return f"{base[key] / row[key] if inverse else row[key] / base[key]:.2f}"
+
+
+def _cells(base: Mapping[str, Any], r: Mapping[str, Any]) -> str:
+    """The columns that a layer and the sum of layers have."""
+    best = r["graph_ms"] or r["median_ms"]
+    graph = r.get("no_graph") or ("" if r["graph_ms"] is None else f"{r['graph_ms']:.3f}")
+    times = f"{r['median_ms']:.3f} | {_ratio(base, r, 'median_ms', inverse=True)} | {graph} | {_ratio(base, r, 'graph_ms', inverse=True)}"
+    floor = f"{r['floor_ms']:.3f} | {r['floor_ms'] / best:.0%}"
+    return (
+        f"{times} | {floor} | {r['saved_bytes'] / 1e6:.1f} | {_ratio(base, r, 'saved_bytes', inverse=False)}"
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, a row a shape and contender, and the sums over all shapes."""
     lines = [
-        "| T, I, O | contender | ms | times bf16's speed | floor ms | of floor | TFLOP/s | saved MB | of bf16's | error y, dx, dW |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| T, I, O | contender | ms | times bf16's speed | ms in a graph | times bf16's | floor ms | of floor | saved MB | of bf16's | TFLOP/s | error y, dx, dW |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         shape, found = ", ".join(map(str, result["shape"])), result["contenders"]
-        base = found.get("bf16") if "median_ms" in found.get("bf16", {}) else None
         for name, r in found.items():
             if "missing" in r:
-                lines.append(f"| {shape} | {name} | missing: {r['missing']} | | | | | | | |")
+                lines.append(f"| {shape} | {name} | missing: {r['missing']} | | | | | | | | | |")
                 continue
-            speed = _ratio(base, r, "median_ms", inverse=True)
-            saved = _ratio(base, r, "saved_bytes", inverse=False)
-            megabytes = "" if r["saved_bytes"] is None else f"{r['saved_bytes'] / 1e6:.1f}"
             errors = ", ".join(f"{e:.4f}" for e in r["errors"])
-            lines.append(
-                f"| {shape} | {name} | {r['median_ms']:.3f} | {speed} | {r['floor_ms']:.3f} | {r['percent_of_floor']:.0f}% | "
-                f"{r['tflop_per_s']:.0f} | {megabytes} | {saved} | {errors} |"
-            )
+            cells = _cells(found.get("bf16", {}), r)
+            lines.append(f"| {shape} | {name} | {cells} | {r['tflop_per_s']:.0f} | {errors} |")
     return "\n".join([*lines, *_sums(results)])
 
 
@@ -172,25 +199,17 @@ def _sums(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rows of the contenders that ran on every shape."""
     if len(results) < 2:
         return []
-    by_name = {
-        name: [r["contenders"][name] for r in results]
-        for name in results[0]["contenders"]
-        if all("median_ms" in r["contenders"][name] for r in results)
-    }
-    keys = ("median_ms", "floor_ms", "saved_bytes")
-    sums = {name: {key: sum(r[key] or 0 for r in rows) for key in keys} for name, rows in by_name.items()}
-    base = sums.get("bf16")
-    lines = []
-    for name, s in sums.items():
-        speed, saved = (
-            _ratio(base, s, "median_ms", inverse=True),
-            _ratio(base, s, "saved_bytes", inverse=False),
-        )
-        share = f"{s['floor_ms'] / s['median_ms']:.0%}"
-        lines.append(
-            f"| sum | {name} | {s['median_ms']:.3f} | {speed} | {s['floor_ms']:.3f} | {share} | | {s['saved_bytes'] / 1e6:.1f} | {saved} | |"
-        )
-    return lines
+    names = [
+        n for n in results[0]["contenders"] if all("median_ms" in r["contenders"].get(n, {}) for r in results)
+    ]
+    sums: dict[str, dict[str, Any]] = {}
+    for name in names:
+        rows = [r["contenders"][name] for r in results]
+        sums[name] = {key: sum(r[key] for r in rows) for key in ("median_ms", "floor_ms", "saved_bytes")}
+        captured = all(r["graph_ms"] is not None for r in rows)
+        sums[name]["graph_ms"] = sum(r["graph_ms"] for r in rows) if captured else None
+    base = sums.get("bf16", {})
+    return [f"| sum | {name} | {_cells(base, s)} | | |" for name, s in sums.items()]
 
 
 def check(cfg: Any) -> None:
@@ -222,6 +241,7 @@ def measured(cfg: Any, save: Callable[[dict[str, Any]], None]) -> tuple[dict[str
         print(f"T, I, O = {', '.join(map(str, shape))}", flush=True)
         results.append(of_shape(shape, list(cfg.arms or CONTENDERS), cfg.rounds, cfg.seed))
         save({"shapes": results})
-    rates = results[-1]["roof_per_s"]
-    roof_line = f"measured in this run: bf16 GEMM {rates['bf16 peak'] * 1e-12:.0f} TFLOP/s, copy {rates['copy'] * 1e-9:.0f} GB/s"
+    peaks = ", ".join(f"{r['roof_per_s']['bf16 peak'] * 1e-12:.0f}" for r in results)
+    copy = ", ".join(f"{r['roof_per_s']['copy'] * 1e-9:.0f}" for r in results)
+    roof_line = f"measured beside each shape: best bf16 GEMM {peaks} TFLOP/s, copy {copy} GB/s"
     return {"shapes": results}, f"{table(results)}\n{roof_line}"

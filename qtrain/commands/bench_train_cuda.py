@@ -10,6 +10,7 @@ turns, ``STEPS`` steps each without waiting in between.
 so that one of 8 bits may exceed what bf16 could reach; ``of_measured_peak`` has the measured bf16 GEMM in its place.
 Peak memory is that of one contender with one optimizer: what other optimizers hold is subtracted.
 
+cuda_graphs=true: compiled with mode=reduce-overhead, for all alike, so that launches cost nothing.
 largest_batch=true: then, of each contender with each optimizer, the largest batch that fits, and tokens/s there.
 """
 
@@ -54,8 +55,9 @@ def check(cfg: Any, config: ModelConfig) -> None:
         raise ValueError(
             f"sequence_tokens={cfg.sequence_tokens}: this model reads at most {config.sequence_tokens}"
         )
-    if not isinstance(cfg.largest_batch, bool):
-        raise ValueError(f"largest_batch={cfg.largest_batch!r}: true or false")
+    for key in ("largest_batch", "cuda_graphs"):
+        if not isinstance(cfg[key], bool):
+            raise ValueError(f"{key}={cfg[key]!r}: true or false")
 
 
 class Bench:
@@ -83,7 +85,7 @@ class Bench:
         for name in self.cfg.arms or ARMS:
             start = time.perf_counter()
             try:
-                step = TrainStep(name, self.shared, self.cfg.seed)
+                step = TrainStep(name, self.shared, self.cfg.seed, cuda_graphs=self.cfg.cuda_graphs)
                 self.losses[name] = float(step.gradients(tokens))
                 self.steps[name] = step
             except Exception as error:  # whatever another library raises is a row of the table
@@ -138,6 +140,20 @@ class Bench:
                 if i:
                     times[f"{arm} {optimizer}"].append((time.perf_counter() - start) * 1e3 / STEPS)
         return times
+
+    def optimizer_ms(self, rounds: int) -> dict[str, float]:
+        """Median ms of an update alone, of each optimizer, ``STEPS`` at once, in turns; with the last gradient."""
+        times: Samples = {name: [] for name in self.optimizers}
+        for i in range(rounds + 1):
+            for name, optimizer in self.optimizers.items():
+                self.synchronize()
+                start = time.perf_counter()
+                for _ in range(STEPS):
+                    optimizer.step()
+                self.synchronize()
+                if i:
+                    times[name].append((time.perf_counter() - start) * 1e3 / STEPS)
+        return {name: statistics.median(ms) for name, ms in times.items()}
 
     def synchronize(self) -> None:
         import torch
@@ -197,6 +213,16 @@ def data_sheet_peak(device_name: str) -> float | None:
     return next((peak for name, peak in DATA_SHEET_PEAKS.items() if name in device_name), None)
 
 
+def measured_peak(device: str) -> float:
+    """bf16 operations a second of the best GEMM."""
+    from qtrain_kernels.bench import PEAK, interleaved_ms, rates, roof
+
+    roofs = roof(device)
+    times = interleaved_ms({name: function for name, (function, _) in roofs.items()}, device, 20)
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    return rates({name: work for name, (_, work) in roofs.items()}, medians)[PEAK]
+
+
 def row_of(
     times: Sequence[float], base: Sequence[float], tokens: int, flops: int, peaks: Mapping[str, float | None]
 ) -> dict[str, Any]:
@@ -214,26 +240,26 @@ def measured(
 ) -> tuple[dict[str, Any], str]:
     """What the file holds, and the table; ``save`` is called with what there is before the search for batches."""
     import torch
-    from qtrain_kernels.bench import interleaved_ms, roof
 
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(CONTENDERS))  # one code, many models
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    work = roof(device)["bf16 peak"]
-    peak = work[1] / statistics.median(interleaved_ms({"": work[0]}, device, 20)[""]) * 1e3
-    del work
+    peak = measured_peak(device)
     bench = Bench(cfg, config, device)
     tokens = bench.tokens(cfg.batch_sequences)
     bench.prepare(tokens)
     flops = bench.shared.model().flops_per_token()
     peaks = {"mfu": data_sheet_peak(name), "of_measured_peak": peak}
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"rows": rows, "missing": bench.missing, "bf16_peak_per_s": peak, "flops_per_token": flops}  # fmt: skip
+    count = sum(p.numel() for p in bench.shared.model().parameters())
+    found: dict[str, Any] = {"parameters": count, "flops_per_token": flops, "bf16_peak_per_s": peak}
+    found |= {"rows": rows, "missing": bench.missing}
     if not bench.combinations():
         return found, table(found)
     memory = {c: bench.peak_bytes(*c, tokens) if device == "cuda" else None for c in bench.combinations()}
     times = bench.timed(tokens, cfg.rounds)
-    count = cfg.batch_sequences * cfg.sequence_tokens
+    updates = bench.optimizer_ms(cfg.rounds)
+    step_tokens = cfg.batch_sequences * cfg.sequence_tokens
     for arm, optimizer in bench.combinations():
         base = times[f"{next(iter(bench.steps))} {optimizer}"]
         row = {
@@ -242,10 +268,11 @@ def measured(
             "sequences": cfg.batch_sequences,
             "loss": bench.losses[arm],
         }
-        row |= row_of(times[f"{arm} {optimizer}"], base, count, flops, peaks)
+        row |= row_of(times[f"{arm} {optimizer}"], base, step_tokens, flops, peaks)
         row |= {
             "peak_bytes": memory[arm, optimizer],
             "state_bytes": bench.state_bytes(optimizer),
+            "optimizer_ms": updates[optimizer],
             "ms": times[f"{arm} {optimizer}"],
         }
         rows.append(row)
@@ -268,8 +295,8 @@ def table(found: Mapping[str, Any]) -> str:
     rows = found["rows"]
     base = rows[0]["arm"] if rows else ""
     lines = [
-        f"| optimizer | contender | sequences | ms | tokens/s | time / {base} (95 %) | MFU | of measured peak | peak GB | states GB | loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| optimizer | contender | sequences | ms | tokens/s | time / {base} (95 %) | MFU | of measured peak | peak GB | states GB | update ms | loss |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         ratio = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
@@ -277,7 +304,7 @@ def table(found: Mapping[str, Any]) -> str:
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
         lines.append(
             f"| {r['optimizer']} | {r['arm']} | {r['sequences']} | {r['median_ms']:.2f} | {r['tokens_per_s']:.0f} | {ratio} | "
-            f"{mfu} | {r['of_measured_peak']:.1%} | {memory} | {r['state_bytes'] / 1e9:.3f} | {r['loss']:.4f} |"
+            f"{mfu} | {r['of_measured_peak']:.1%} | {memory} | {r['state_bytes'] / 1e9:.3f} | {r['optimizer_ms']:.2f} | {r['loss']:.4f} |"
         )
     lines += [f"{name}: missing: {why}" for name, why in found["missing"].items()]
     for r in found.get("largest", ()):

@@ -100,7 +100,7 @@ def loss_of(model: Any, tokens: Tensor, device: str) -> Tensor:
 class TrainStep:
     """One contender of one model; ``step`` trains on a batch."""
 
-    def __init__(self, name: str, shared: SharedParameters, seed: int) -> None:
+    def __init__(self, name: str, shared: SharedParameters, seed: int, *, cuda_graphs: bool = False) -> None:
         import torch
 
         self.model, self.device = shared.model(), shared.device
@@ -111,13 +111,17 @@ class TrainStep:
         def loss(tokens: Tensor) -> Tensor:
             return loss_of(model, tokens, device)
 
-        self.loss: Callable[[Tensor], Tensor] = loss if name == "bf16" else torch.compile(loss)
+        mode = "reduce-overhead" if cuda_graphs else "default"
+        self.loss: Callable[[Tensor], Tensor] = loss if name == "bf16" else torch.compile(loss, mode=mode)
         self.steps = 0
 
     def gradients(self, tokens: Tensor) -> Tensor:
         """Forward and backward alone; the loss."""
+        import torch
+
         for p in self.parameters:
             p.grad = None
+        torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step may be overwritten
         if self.clock is not None:
             self.clock.set(step=self.steps)
         self.steps += 1

@@ -22,6 +22,7 @@ from .train import plain
 
 CONFIG = "compare"
 POSITIONAL = "runs"
+_WIDE = 170  # columns of a terminal that all columns of the table need
 NUMBERS, PAGE, PICTURES = "comparison.json", "comparison.html", ("comparison.png", "comparison.pdf")
 
 
@@ -31,7 +32,7 @@ def _runs(config: dict[str, Any]) -> list[str]:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises ValueError for runs that are not there, gates that cannot be, and a page without plotly."""
+    """Raises ValueError for runs that are not there, gates that cannot be, a page without plotly, and a report without a server."""
     from qtrain.analysis.comparison_page import check_page
     from qtrain.analysis.gates import Gates
     from qtrain.analysis.run_sources import places
@@ -43,6 +44,11 @@ def check(cfg: DictConfig) -> None:
     places(_runs(config))
     if config["html"]:
         check_page()
+    if config["wandb_report"]:
+        from qtrain.analysis.comparison_wandb import check_report
+        from qtrain.training.wandb_logger import resolved_mode
+
+        check_report(logs=config["wandb"], mode=resolved_mode(config["wandb_mode"]))
 
 
 def _command(config: dict[str, Any]) -> str:
@@ -62,17 +68,25 @@ def _print(comparison: Any, failed: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from qtrain.analysis.comparison_table import COLUMNS, headline, notes, table_rows, verdict_lines
+    from qtrain.analysis.comparison_table import (
+        COLUMNS,
+        FEW_COLUMNS,
+        headline,
+        notes,
+        table_rows,
+        verdict_lines,
+    )
 
     console = Console()
     rows = table_rows(comparison)
     # A table of twelve columns is read on its side where there are few arms: a column an arm
     table = Table(title=headline(comparison), title_justify="left", show_header=len(rows) > 5)
     if len(rows) > 5:
-        for column in COLUMNS:
+        shown = COLUMNS if console.width >= _WIDE else FEW_COLUMNS
+        for column in shown:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(cell) for column, cell in zip(COLUMNS, row, strict=True) if column in shown))
     else:
         table.add_column(style="bold")
         for _ in rows:
@@ -80,6 +94,9 @@ def _print(comparison: Any, failed: Sequence[str]) -> None:
         for values in zip(COLUMNS, *rows, strict=True):
             table.add_row(*map(Text, values))
     console.print(table)
+    if len(rows) > 5 and console.width < _WIDE:
+        left = ", ".join(column for column in COLUMNS if column not in FEW_COLUMNS)
+        console.print(Text(f"{left}: on the page, in {NUMBERS}, and in a terminal of {_WIDE} columns"))
     for label, health in verdict_lines(comparison):
         console.print(Text(f"{label}: {health.sentence}"))
     for note in notes(comparison):
@@ -104,17 +121,16 @@ def _write(comparison: Any, failed: Sequence[str], config: dict[str, Any], out: 
         comparison_page.save(comparison, failed, _command(config), png, out / PAGE)
 
 
-def _log(comparison: Any, config: dict[str, Any], out: Path) -> str:
-    from qtrain.analysis.comparison_table import COLUMNS, table_rows
-    from qtrain.analysis.wandb_runs import log_table
+def _log(comparison: Any, config: dict[str, Any], out: Path) -> list[str]:
+    from qtrain.analysis import comparison_wandb
     from qtrain.training.wandb_logger import resolved_mode
 
-    return log_table(
-        "comparison",
-        COLUMNS,
-        table_rows(comparison),
+    return comparison_wandb.log(
+        comparison,
+        _command(config),
         out / PAGE if config["html"] else None,
         mode=resolved_mode(config["wandb_mode"]),
+        report=config["wandb_report"],
         project=config["wandb_project"],
         entity=config["wandb_entity"],
         dir=str(out),
@@ -144,5 +160,5 @@ def run(cfg: DictConfig) -> int:
     written = [NUMBERS, *PICTURES, *([PAGE] if config["html"] else [])]
     print(f"files: {', '.join(str(out / name) for name in written)}")
     if config["wandb"]:
-        print(f"W&B: {_log(comparison, config, out)}")
+        print(f"W&B: {', '.join(_log(comparison, config, out))}")
     return 1 if failed else 0

@@ -175,8 +175,8 @@ def take_census(model: nn.Module, report: SurgeryReport, probe: Callable[[nn.Mod
     probes = probed_step(model, report, probe, watch)
     observations: list[Observation] = []
     if _native_calls() - calls != watch.native_calls:
-        found = f"counts {_native_calls() - calls} executions where {watch.native_calls} products were seen"
-        observations.append(missing("int8_scaled_mm", found))
+        found = f"count {_native_calls() - calls} executions where {watch.native_calls} products were seen"
+        observations.append(missing(" and ".join(NATIVE_OPS), found))
     for layer in report.layers:
         module = layers.get(layer.name)
         if layer.recipe is None:

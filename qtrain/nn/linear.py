@@ -20,6 +20,7 @@ from qtrain.quant import LinearRecipe
 
 from .clock import Clock, Draws
 from .native import NativeLinear
+from .native_ops import NativeSteps, missing_on
 from .prologue import Prologue
 from .quantizers import NO_STATES, LearnedStep, Quantizers, check_ranges
 from .shared_codes import SharedCodes
@@ -30,7 +31,7 @@ class QuantizedLayer(nn.Module):
     """A linear layer with a recipe. Made in place by ``apply_recipe``; ``name`` is its dotted name in the model and
     names its random bits. ``plain``: the class that it was. ``stores_transposed``: whether its weight is [I, O].
     ``native``: whether its GEMMs run on codes (``nn.native``) or are simulated. ``prologue``: the function that it owns
-    of what it reads, or None. ``shared``: the model's codes at hand."""
+    of what it reads, or None. ``shared``: the model's codes at hand. ``steps``: what a native one read off its recipe."""
 
     stores_transposed = False
     weight: Tensor
@@ -42,6 +43,7 @@ class QuantizedLayer(nn.Module):
     native: bool
     prologue: Prologue | None
     shared: SharedCodes | None
+    steps: NativeSteps | None
     plain: type[nn.Module]
     quantizers: Quantizers | None
 
@@ -84,6 +86,7 @@ class QuantizedLayer(nn.Module):
         layer.recipe, layer.clock, layer.name = recipe, clock, name
         layer.stream, layer.native = stream_id(name), native
         layer.prologue, layer.shared = prologue, shared
+        layer.steps = NativeSteps.of(recipe) if native else None
         quantizers = Quantizers(recipe, k_major(layer))
         layer.quantizers = quantizers if len(quantizers) else None
         clock.follow(layer.weight.device)
@@ -92,17 +95,8 @@ class QuantizedLayer(nn.Module):
     def revert(self) -> None:
         """Back to the plain layer, in place."""
         plain = self.plain
-        for attribute in (
-            "recipe",
-            "clock",
-            "name",
-            "stream",
-            "native",
-            "prologue",
-            "shared",
-            "quantizers",
-            "plain",
-        ):
+        own = ("recipe", "clock", "name", "stream", "native", "prologue", "shared", "steps")
+        for attribute in (*own, "quantizers", "plain"):
             delattr(self, attribute)
         self.__class__ = plain  # type: ignore[assignment]
 
@@ -119,6 +113,15 @@ class QuantizedLayer(nn.Module):
     def steps_begun(self) -> bool:
         """Whether no learned step waits for ``start_steps``."""
         return all(q.ready for q in self._learned().values())
+
+    def _native_steps(self, device: str) -> NativeSteps:
+        """Of the recipe that it has now. Raises RuntimeError on a device without the kernels."""
+        if self.steps is None or self.steps.recipe is not self.recipe:
+            self.steps = NativeSteps.of(self.recipe)
+        if device not in self.steps.devices:
+            missing = missing_on(device, self.recipe)
+            raise RuntimeError(f"{self.name}: compute=native: {missing}; pass recipe.compute=simulated")
+        return self.steps
 
     def read(self, input: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """x [..., I] of what the layer is called with: (h, up), h or x itself."""
@@ -164,10 +167,14 @@ class QuantizedLayer(nn.Module):
             self.recipe.wgrad.transform.check(tokens, f"{self.name} (wgrad, over tokens)")
         # Without draws the layers of a recipe are one function, which is compiled once for blocks that are alike
         counters, stream = (self.clock.counters, self.stream) if self.recipe.stochastic else (None, 0)
-        arguments = (input, up, k_major(self), self.bias, counters, self.recipe, stream, dtype, trains)
+        weight = k_major(self)
         if self.native:
             shared = None if torch.compiler.is_compiling() else self.shared
-            return NativeLinear.apply(*arguments, self.prologue, shared)
+            steps, prologue = self._native_steps(device), self.prologue
+            return NativeLinear.apply(
+                input, up, weight, self.bias, counters, steps, stream, dtype, trains, prologue, shared
+            )
+        arguments = (input, up, weight, self.bias, counters, self.recipe, stream, dtype, trains)
         states = NO_STATES
         if self.quantizers is not None:
             self.quantizers.check_ready(self.name, trains=trains)

@@ -1,16 +1,17 @@
-"""Native computation: the three GEMMs of a linear layer on int8 codes, with exact sums.
+"""Native computation: the three GEMMs of a linear layer on codes, int8 with exact sums or fp8.
 
-    fprop  y  = (xq . wq^T) s_x s_w^T + b      xq, wq   int8 codes of x [T, I] and W [O, I]
+    fprop  y  = (xq . wq^T) s_x s_w^T + b      xq, wq   codes of x [T, I] and W [O, I]
     dgrad  dx = (gq . wq') s_g s_w'^T          gq       of g [T, O] along its rows
     wgrad  dW = (gq'^T . xq') s_g' s_x'^T      gq'      of g along its columns (tokens are the contraction)
 
 x, W and g are quantized as the simulated layer does, to the same codes with the same random bits
-(``quantize_rows_columns``: g is read once for both of its GEMMs). The products are ``int8_scaled_mm``: int32 sums, then
-scales and bias in float32, then one rounding. So native differs from simulated by the roundings of the latter's bf16
-products, and errs against the oracle by float32 roundings and the one at the end.
+(``quantize_rows_columns`` and its fp8 twin: g is read once for both of its GEMMs). The products are ``int8_scaled_mm``: int32
+sums, then scales and bias in float32, then one rounding; or ``fp8_scaled_mm``, whose sums are those of its tensor cores. So
+native differs from simulated by the roundings of the latter's bf16 products, and errs against the oracle by float32
+roundings and the one at the end; fp8 by its sums too.
 
 With "fprop" the backward multiplies the forward's codes; their row scales are folded into g before it is quantized.
-Saved for the backward: int8 codes of x (``saved="quantized"``; else x itself), one set for all layers that read it
+Saved for the backward: codes of x (``saved="quantized"``; else x itself), one set for all layers that read it
 (``shared_codes``), and, where dgrad reuses them, of W; with a prologue what x is computed from, and nothing of x.
 
 T tokens, I in, O out.
@@ -18,25 +19,26 @@ T tokens, I in, O out.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from qtrain_kernels.fp8_scaled_mm import fp8_scaled_mm
 from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
+from qtrain_kernels.quantize_fp8_rows_columns import quantize_fp8_rows_columns
 from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qtrain.quant import LinearRecipe
-
 from .clock import Draws
 from .gemm import GemmOperand, quantized_gemm
-from .native_ops import missing_on, runs_natively
+from .native_ops import NativeSteps, OperandSteps, no_counters, run
 from .prologue import Prologue
 from .shared_codes import SharedCodes
 
 
 class Codes(NamedTuple):
-    """int8 codes, K-major or as the forward's, and their scale: [rows], or [1] for the whole tensor."""
+    """int8 or fp8 codes, K-major or as the forward's, and their scale: [rows], or [1] for the whole tensor."""
 
     codes: Tensor
     scale: Tensor
@@ -45,63 +47,53 @@ class Codes(NamedTuple):
 Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Side(NamedTuple):
-    """Arguments of ``quantize_rows_columns`` for one copy."""
-
-    qmax: int = 0
-    stochastic: bool = False
-    per_tensor: bool = False
-    stream: int = 0
-    fold: Tensor | None = None
-
-
 class NativeGemms:
     """The three GEMMs of one layer at one moment, on codes."""
 
     def __init__(
-        self, recipe: LinearRecipe, draws: Draws, dtype: torch.dtype, shared: SharedCodes | None = None
+        self, steps: NativeSteps, draws: Draws, dtype: torch.dtype, shared: SharedCodes | None = None
     ) -> None:
-        self.recipe, self.draws, self.dtype, self.shared = recipe, draws, dtype, shared
+        self.steps, self.draws, self.dtype, self.shared = steps, draws, dtype, shared
 
     def quantized(
         self, x: Tensor, rows: str | None, columns: str | None, row_fold: Tensor | None = None, column_fold: Tensor | None = None
     ) -> tuple[Codes, Codes]:  # fmt: skip
         """x as the operand ``rows`` [R, C] and, transposed, as the operand ``columns`` [C, R]."""
-        weight = (rows or columns or "").endswith("weight")
-        counters, row_side = self._side(rows, row_fold, weight, x.device)
-        more, column_side = self._side(columns, column_fold, weight, x.device)
-        counters = more if rows is None or not row_side.stochastic else counters
-        outputs = quantize_rows_columns(x, *row_side, *column_side, *counters)
-        return self._codes(outputs[:2], rows), self._codes(outputs[2:], columns)
+        row, column = (None if name is None else self.steps.operands[name] for name in (rows, columns))
+        one = row or column
+        assert one is not None
+        if row is not None and column is not None and row.kind != column.kind:
+            alone = self.quantized(x, None, columns, None, column_fold)
+            return self.quantized(x, rows, None, row_fold)[0], alone[1]
+        counters, row_side = self._side(rows, row, one, row_fold, x.device)
+        more, column_side = self._side(columns, column, one, column_fold, x.device)
+        counters = counters or more or no_counters(x.device)
+        quantize = quantize_rows_columns if one.kind == "int8" else quantize_fp8_rows_columns
+        codes, scale, column_codes, column_scale = run(quantize, x, *row_side, *column_side, *counters)
+        if row is not None and row.per_tensor:
+            scale = scale[:1]
+        if column is not None and column.per_tensor:
+            column_scale = column_scale[:1]
+        return Codes(codes, scale), Codes(column_codes, column_scale)
 
     def _side(
-        self, operand: str | None, fold: Tensor | None, weight: bool, device: torch.device
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], _Side]:
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        if operand is None:
-            return (zero, zero, zero), _Side()
-        spec = self.recipe.resolved(operand)
-        assert spec is not None
-        qmax, per_tensor = int(spec.number_format.max), spec.granularity == "tensor"
-        if not spec.stochastic:
-            return (zero, zero, zero), _Side(qmax, False, per_tensor, 0, fold)
-        seed, step, stream, offset = self.draws.words(operand)
-        return (seed, step, zero if weight else offset), _Side(qmax, True, per_tensor, stream, fold)
-
-    def _codes(self, outputs: tuple[Tensor, ...], operand: str | None) -> Codes:
-        codes, scale = outputs
-        if operand is not None:
-            spec = self.recipe.resolved(operand)
-            assert spec is not None
-            if spec.granularity == "tensor" and scale.shape[0]:
-                scale = scale[:1]
-        return Codes(codes, scale)
+        self, name: str | None, operand: OperandSteps | None, one: OperandSteps, fold: Tensor | None, device: torch.device
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Any, ...]]:  # fmt: skip
+        """The counters, if it draws, and the op's arguments for one copy."""
+        if name is None or operand is None:
+            return None, one.nothing
+        if not operand.stochastic:
+            return None, (operand.grid, False, operand.per_tensor, 0, fold)
+        seed, step, stream, offset = self.draws.words(name)
+        if name.endswith("weight"):
+            offset = no_counters(device)[2]
+        return (seed, step, offset), (operand.grid, True, operand.per_tensor, stream, fold)
 
     def of_input(self, x: Tensor, rows: str | None, columns: str | None) -> tuple[Codes, Codes]:
         """``quantized`` of x [T, I], which other layers may have read before."""
         if self.shared is None:
             return self.quantized(x, rows, columns)
-        specs = tuple(None if name is None else self.recipe.resolved(name) for name in (rows, columns))
+        specs = tuple(None if name is None else self.steps.operands[name].spec for name in (rows, columns))
         return self.shared.of(x, specs, lambda: self.quantized(x, rows, columns))
 
     def forward(
@@ -109,25 +101,26 @@ class NativeGemms:
     ) -> tuple[Tensor, Codes | None, Kept]:
         """x [T, I] -> y [T, O], the codes of W where they are quantized, and of x what the backward needs if ``keep``:
         (x, None, None), or (None, codes, scale) of wgrad.input."""
-        recipe = self.recipe
-        native, codes = runs_natively(recipe, "fprop"), keep and recipe.saved == "quantized"
-        own = codes and recipe.wgrad.input != "fprop"
+        steps = self.steps
+        own = keep and steps.own_input
         xq = columns = wq = None
-        if native or own:
-            xq, columns = self.of_input(x, "fprop.input" if native else None, "wgrad.input" if own else None)
-        if native:
+        if steps.fprop or own:
+            xq, columns = self.of_input(
+                x, "fprop.input" if steps.fprop else None, "wgrad.input" if own else None
+            )
+        if steps.fprop:
             assert xq is not None
             wq, _ = self.quantized(weight, "fprop.weight", None)
-            y = int8_scaled_mm(xq.codes, wq.codes, xq.scale, wq.scale, bias, self.dtype)
+            y = _multiplied(xq.codes, wq.codes, xq.scale, wq.scale, bias, self.dtype)
         else:
             y = self._high_precision(x, weight, self.dtype, bias)
         if not keep:
             return y, wq, (None, None, None)
-        if codes:
+        if steps.keeps_codes:
             kept = columns if own else xq
             assert kept is not None
             return y, wq, (None, *kept)
-        return y, wq, (x.to(self.dtype) if recipe.wgrad.input is None else x, None, None)
+        return y, wq, (x.to(self.dtype) if steps.plain_wgrad else x, None, None)
 
     def _high_precision(self, a: Tensor, b: Tensor, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
         return quantized_gemm(
@@ -143,7 +136,7 @@ class NativeGemms:
     def wgrad_input(self, kept: Kept) -> tuple[Codes, Tensor | None]:
         """x as [I, T], and what is to be multiplied into g [T, O]: [T] or None."""
         x, codes, scale = kept
-        reuse = self.recipe.wgrad.input == "fprop"
+        reuse = self.steps.reuses_input
         if x is not None:
             rows, columns = ("fprop.input", None) if reuse else (None, "wgrad.input")
             found = self.of_input(x, rows, columns)
@@ -156,36 +149,51 @@ class NativeGemms:
 
     def backward(
         self, g: Tensor, weight: Tensor, reused: Codes | None, kept: Kept, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, Tensor | None]:
         """g [T, O] -> dx [T, I], dW [O, I], each where it is needed."""
-        native = {gemm: need and runs_natively(self.recipe, gemm) for gemm, need in zip(("dgrad", "wgrad"), needs, strict=True)}  # fmt: skip
+        dgrad, wgrad = needs[0] and self.steps.dgrad, needs[1] and self.steps.wgrad
         dx = dw = w_fold = x_fold = None
-        if native["dgrad"]:
+        if dgrad:
             w, w_fold = self.dgrad_weight(weight, reused)
         elif needs[0]:
             dx = self._high_precision(g, weight.t(), self.dtype)
-        if native["wgrad"]:
+        if wgrad:
             x, x_fold = self.wgrad_input(kept)
         elif needs[1]:
             assert kept[0] is not None
             dw = self._high_precision(g.t(), kept[0].t(), torch.float32)
-        if any(native.values()):
+        if dgrad or wgrad:
             rows, columns = self.quantized(
                 g,
-                "dgrad.grad_output" if native["dgrad"] else None,
-                "wgrad.grad_output" if native["wgrad"] else None,
+                "dgrad.grad_output" if dgrad else None,
+                "wgrad.grad_output" if wgrad else None,
                 w_fold,
                 x_fold,
             )
-            if native["dgrad"]:
-                dx = int8_scaled_mm(
-                    rows.codes, w.codes, rows.scale, _unless(w_fold, w.scale), None, self.dtype
-                )
-            if native["wgrad"]:
-                dw = int8_scaled_mm(
-                    columns.codes, x.codes, columns.scale, _unless(x_fold, x.scale), None, torch.float32
-                )
+        if dgrad:
+            dx = _multiplied(rows.codes, w.codes, rows.scale, _unless(w_fold, w.scale), None, self.dtype)
+        if wgrad:
+            dw = _multiplied(
+                columns.codes, x.codes, columns.scale, _unless(x_fold, x.scale), None, torch.float32
+            )
         return dx, dw
+
+
+def _multiplied(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    multiply = int8_scaled_mm if a.dtype == torch.int8 else fp8_scaled_mm
+    return run(multiply, a, b, a_scale, b_scale, bias, dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Entering torch.autocast takes as long as a small kernel, and in a backward it is off already."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _turned(forward: Codes) -> tuple[Codes, Tensor | None]:
@@ -200,7 +208,7 @@ def _unless(folded: Tensor | None, scale: Tensor) -> Tensor | None:
 
 class NativeLinear(torch.autograd.Function):
     """y = x W^T + b with its gradients; x = f(h) or f(h) * up where there is a prologue, else h. Arguments as those of
-    the simulated layer."""
+    the simulated layer, but for ``steps`` in the place of the recipe."""
 
     @staticmethod
     def forward(
@@ -210,25 +218,23 @@ class NativeLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         counters: Tensor | None,
-        recipe: LinearRecipe,
+        steps: NativeSteps,
         stream: int,
         dtype: torch.dtype,
         trains: bool,
         prologue: Prologue | None,
         shared: SharedCodes | None,
     ) -> Tensor:
-        if missing := missing_on(h.device.type, recipe):
-            raise RuntimeError(f"compute=native: {missing}: pass recipe.compute=simulated")
         counters = None if counters is None else counters.clone()
-        with torch.autocast(h.device.type, enabled=False):
+        with _without_autocast(h.device.type):
             x = h if prologue is None else prologue.value(h, up)
-            gemms = NativeGemms(recipe, Draws(counters, stream), dtype, shared if prologue is None else None)
+            gemms = NativeGemms(steps, Draws(counters, stream), dtype, shared if prologue is None else None)
             x2 = x.reshape(-1, x.shape[-1])
             y, wq, kept = gemms.forward(x2, weight, bias, keep=trains and prologue is None)
-            reused = wq if recipe.dgrad.weight == "fprop" else None
+            reused = wq if steps.reuses_weight else None
             behind = (None, None) if prologue is None else (h, up)
             ctx.save_for_backward(*behind, weight, counters, *(reused or (None, None)), *kept)
-        ctx.recipe, ctx.stream, ctx.dtype, ctx.prologue, ctx.shared = recipe, stream, dtype, prologue, shared
+        ctx.steps, ctx.stream, ctx.dtype, ctx.prologue, ctx.shared = steps, stream, dtype, prologue, shared
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -237,9 +243,9 @@ class NativeLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, up, weight, counters, w_codes, w_scale, *rest = ctx.saved_tensors
         dup = db = None
-        with torch.autocast(weight.device.type, enabled=False):
+        with _without_autocast(weight.device.type):
             shared = ctx.shared if ctx.prologue is None else None
-            gemms = NativeGemms(ctx.recipe, Draws(counters, ctx.stream), ctx.dtype, shared)
+            gemms = NativeGemms(ctx.steps, Draws(counters, ctx.stream), ctx.dtype, shared)
             g = grads[0].reshape(-1, weight.shape[0])
             reused = None if w_codes is None else Codes(w_codes, w_scale)
             needs = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
@@ -252,5 +258,5 @@ class NativeLinear(torch.autograd.Function):
                 dx, dup = ctx.prologue.gradients(dx, h, up)
             dw = None if dw is None else dw.to(weight.dtype)
             if ctx.has_bias and ctx.needs_input_grad[3]:
-                db = g.to(torch.float32).sum(0).to(weight.dtype)
+                db = g.sum(0, dtype=torch.float32).to(weight.dtype)
         return dx, dup, dw, db, *(None,) * 7

@@ -5,8 +5,10 @@ agreement   of an operand: the share of its elements that are the oracle's, up t
             epilogue can carry, and a rounding to the compute dtype. Of y, dx, dW: the share of elements that follow
             from the product that was seen to execute, the oracle's scales, masks and transforms applied to it. So
             a product that executes beside the real one, with the right operands, proves nothing.
-native      where it is configured, the int8 product must have executed, its rows be the reference's to the bit, and y,
-            dx, dW be what it gave out, to the bit: neither a bf16 product inside of the op nor one beside it passes.
+native      where it is configured, the low-precision product must have executed, its rows be the reference's, and y, dx,
+            dW be what it gave out, to the bit. Of int8 its rows are to the bit as well: neither a bf16 product inside of
+            the op nor one beside it passes. Of fp8, whose sums may err more than those of bf16 units, a bf16 product
+            inside of the op is seen by its counters alone (``op.executions``).
 sqnr_db     of each operand against what was to be quantized: two-sided, within a band around the oracle's. Too
             good fails as well: nothing was quantized. (Of y, dx, dW, against the unquantized products, it is
             shown only: roundings of bfloat16 speak in it where a bias or a sum cancels.)
@@ -231,10 +233,11 @@ def _observe_result(
     bias: Tensor,
     rounding: float,
     *,
+    slack: Tensor | None,
     mixes: bool,
 ) -> Observation:
-    """seen, exact, oracle, follows: without bias; ``follows`` is what the product that executed must give. mixes: whether
-    a transform mixes the elements of a row."""
+    """seen, exact, oracle, follows: without bias; ``follows`` is what the product that executed must give, up to
+    ``slack`` and roundings. mixes: whether a transform mixes the elements of a row."""
     quality, expected = sqnr_db(exact, seen - bias), sqnr_db(exact, oracle)
     problem = ""
     given = follows + bias
@@ -243,6 +246,8 @@ def _observe_result(
     tolerance = rounding * 1.01 * given.abs() + 2.0**-18 * (follows.abs() + bias.abs() + row)
     if mixes:
         tolerance = tolerance + 4 * rounding * row
+    if slack is not None:
+        tolerance = tolerance + slack
     agreement, others = _share(seen, given, tolerance)
     if others > max(1.0, OTHER_RESULTS * seen.numel()):
         problem = f"{others} of {seen.numel()} elements do not follow from the product that was executed"
@@ -326,8 +331,10 @@ def _observe_call(
             )
             observations.append(observation)
             factors.append(of_operand)
-        out = product.out.to(torch.float32)
-        follow = [gemm.given_out(out * a * b.t()) for a in factors[0] for b in factors[1]]
+        out, slack = product.out.to(torch.float32), product.slack
+        pairs = [a * b.t() for a in factors[0] for b in factors[1]]
+        follow = [gemm.given_out(out * pair) for pair in pairs]
+        slacks = [None if slack is None else call.through(result, slack * pair.abs()).abs() for pair in pairs]
         of_result = call.edges["x" if result == "dx" else result].dtype
         rounding = _rounding(call.edges["y"].dtype, of_result, product.out.dtype)
         if result == "dx" and call.prologue is not None:
@@ -336,13 +343,13 @@ def _observe_call(
         if product.added:
             follow = [follows - added for follows in follow]
         unrounded, oracle_result = (call.through(result, t) for t in (exact[result], gemm.result))
-        follow = [call.through(result, f) for f in follow]
         found = [
             _observe_result(
-                name, result, seen, unrounded, oracle_result, f, added, rounding, mixes=gemm.mixes
+                name, result, seen, unrounded, oracle_result, call.through(result, follows), added, rounding,
+                slack=slack, mixes=gemm.mixes,
             )
-            for f in follow
-        ]
+            for follows, slack in zip(follow, slacks, strict=True)
+        ]  # fmt: skip
         best = max(found, key=lambda o: (not o.problem, o.agreement))
         otherwise = _computed_otherwise(call, result, product, native and runs_natively(recipe, gemm_name))
         observations.append(replace(best, problem=otherwise or best.problem))

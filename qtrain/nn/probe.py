@@ -7,18 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
+from qtrain_kernels.op import Op
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .linear import k_major
+from .native_ops import KINDS
 from .prologue import Prologue
 
 GEMM_OPS = {"mm": 0, "addmm": 1, "_int_mm": 0, "_scaled_mm": 0}
 """Matrix products, and where among their arguments the two matrices begin."""
 
-NATIVE_OPS = {"int8_scaled_mm": int8_scaled_mm}
+NATIVE_OPS: dict[str, Op[..., Any]] = {kind.multiply.name: kind.multiply for kind in KINDS.values()}
 """Products of our own. Their bodies are opaque to the dispatch mode, so that what they gave out is computed again."""
+
+FP8_SUMS = 2.0**-11
+"""What a sum of fp8 products may err, as a share of the sum of their magnitudes: tensor cores keep about 14 bits below the
+largest product (DeepSeek-V3, arXiv 2412.19437, section 3.3.2) and round a term down, 2^-13 of it each."""
 
 CHECKED_ROWS = 512
 """Rows of a native product, evenly spaced, that are computed again with the reference."""
@@ -29,7 +34,8 @@ class Product:
     """A matrix product that executed: out [M, N] = a [M, K] . b [N, K]^T, plus something if ``added``.
 
     Of a native one, ``out`` is the product of its codes alone and ``native`` what it gave out, scales and bias included;
-    ``wrong``: how many of the rows looked at are not, to the bit, what its reference gives."""
+    ``wrong``: how many of the rows looked at are not what its reference gives: to the bit, or, of fp8, within
+    ``FP8_SUMS`` and a rounding. ``slack``: how far the sums of an fp8 product may be from ``out``."""
 
     kernel: str
     a: Tensor
@@ -38,6 +44,7 @@ class Product:
     added: bool
     native: Tensor | None = None
     wrong: int = 0
+    slack: Tensor | None = None
 
 
 class Watch(TorchDispatchMode):
@@ -87,16 +94,37 @@ class Watch(TorchDispatchMode):
 
 def _native_product(name: str, args: tuple[Any, ...], out: Tensor) -> Product:
     a, b, a_scale, b_scale, bias, dtype = args
-    rows = torch.linspace(0, a.shape[0] - 1, min(CHECKED_ROWS, a.shape[0])).long()
+    rows = torch.linspace(0, a.shape[0] - 1, min(CHECKED_ROWS, a.shape[0]), device=a.device).long()
     scale = a_scale if a_scale is None or a_scale.shape[0] == 1 else a_scale[rows]
-    again = NATIVE_OPS[name].reference(a[rows], b, scale, b_scale, bias, dtype)
-    same = (again == out[rows]) | (again.isnan() & out[rows].isnan())
-    codes = NATIVE_OPS[name].reference(a, b, None, None, None, torch.float32)
+    op = NATIVE_OPS[name]
+    given, again = out[rows], op.reference(_rows(a, rows), b, scale, b_scale, bias, dtype)
+    same = (again == given) | (again.isnan() & given.isnan())
+    slack = None
+    if a.dtype != torch.int8:
+        magnitudes = [t.to(torch.float32).abs().to(t.dtype) for t in (a, b)]
+        slack = FP8_SUMS * op.reference(*magnitudes, None, None, None, torch.float32)
+        scaled = FP8_SUMS * op.reference(
+            _rows(magnitudes[0], rows), magnitudes[1], scale, b_scale, None, torch.float32
+        )
+        same |= (again.float() - given.float()).abs() <= scaled + torch.finfo(dtype).eps * again.float().abs()
+    codes = op.reference(a, b, None, None, None, torch.float32)
     wrong = int((~same.all(1)).sum())
-    return Product(name, a.clone(), b.clone(), codes, False, out.detach().clone(), wrong)
+    return Product(name, a.clone(), b.clone(), codes, False, out.detach().clone(), wrong, slack)
 
 
-_PRECISIONS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+def _rows(codes: Tensor, rows: Tensor) -> Tensor:
+    """There is no indexing of float8."""
+    return codes.view(torch.int8)[rows].view(codes.dtype)
+
+
+_PRECISIONS = {
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
+    torch.float8_e5m2: "fp8",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qtrain_kernels.cpu_tier import tier
@@ -25,6 +26,8 @@ from .linear import QuantizedLayer, k_major
 from .native_ops import kinds_of, missing_on, obstacles
 from .prologue import Prologue, sites
 from .shared_codes import SharedCodes
+
+Faster = Callable[[Mapping[str, tuple[tuple[int, int], LinearRecipe]]], set[str]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,11 @@ def _check_outside(recipe: ModelRecipe, outside: dict[str, Tensor]) -> None:
 
 
 def _native_layers(
-    recipe: ModelRecipe, plan: dict[str, LinearRecipe | None], linears: dict[str, nn.Module], device: str
+    recipe: ModelRecipe,
+    plan: dict[str, LinearRecipe | None],
+    linears: dict[str, nn.Module],
+    device: str,
+    faster: Faster | None,
 ) -> tuple[str, set[str]]:
     """How the plan computes, in a few words, and the names of the layers that do so natively."""
     planned = {name: layer for name, layer in plan.items() if layer is not None}
@@ -172,14 +179,23 @@ def _native_layers(
                     "or pass recipe.compute=simulated"
                 )
     able = {name for name, found in why.items() if not found}
-    slow = (
-        f"only torch's int8 GEMM is here: {tier().reason}" if device == "cpu" and not tier().library else ""
-    )
-    if not able or (recipe.compute == "auto" and slow):
-        return f"simulated ({slow if able else next(iter(why.values()))[0]})", set()
+    if not able:
+        return f"simulated ({next(iter(why.values()))[0]})", set()
+    if recipe.compute == "auto":
+        if faster is not None:
+            able = faster({name: (_shape(linears[name]), planned[name]) for name in sorted(able)})
+            if not able:
+                return "simulated (measured: native is slower than a plain layer)", set()
+        elif device == "cpu" and not tier().library:
+            return f"simulated (only torch's int8 GEMM is here: {tier().reason})", set()
     kinds = sorted({kind for name in able for kind in kinds_of(planned[name])}, reverse=True)
     others = f", {len(planned) - len(able)} layers simulated" if len(able) < len(planned) else ""
     return f"native, {' and '.join(kinds)} on {tier() if device in ('cpu', 'meta') else device}{others}", able
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    out_features, in_features = k_major(layer).shape
+    return out_features, in_features
 
 
 def _recomputing(
@@ -199,12 +215,19 @@ def _recomputing(
 
 
 def apply_recipe(
-    model: nn.Module, recipe: ModelRecipe, *, seed: int = 0, device: str | None = None
+    model: nn.Module,
+    recipe: ModelRecipe,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    faster: Faster | None = None,
 ) -> SurgeryReport:
     """Convert the linear layers of ``model`` in place; a second call with another recipe replaces the first.
 
     seed: of the random bits of stochastic recipes. device: the type of the one that the model is going to run on, where
-    it isn't there yet. Raises ValueError for a pattern that matches nothing, a
+    it isn't there yet. faster: of ``compute=auto``, {layer: (shape [O, I], recipe)} of the layers that could be native ->
+    the names of those that shall (``measured_plan``); without it all shall, where there are built kernels. Raises
+    ValueError for a pattern that matches nothing, a
     transform that does not divide a layer's widths, a model without linear layers, a model that was loaded quantized,
     a matrix outside of linear layers that the recipe covers (``inventory``), or ``compute=native`` with a recipe or on a
     device that has no native path; TypeError for a linear layer that
@@ -221,7 +244,7 @@ def apply_recipe(
     _check_layers(model, recipe, linears)
     _check_outside(recipe, outside)
     device = device or next(iter(linears.values())).weight.device.type  # type: ignore[union-attr, assignment]
-    compute, native = _native_layers(recipe, plan, linears, str(device))
+    compute, native = _native_layers(recipe, plan, linears, str(device), faster)
     reading = _recomputing(model, recipe, plan)
     clock, shared = Clock(seed), SharedCodes()
     for name, site in sites(model).items():

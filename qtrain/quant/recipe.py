@@ -154,6 +154,12 @@ class LinearRecipe:
                 raise ValueError(
                     f"{name}=none: there is no quantized operand to reuse; write none there, or quantize the forward"
                 )
+        # Asked for in every forward
+        operands = self.operands().values()
+        transforms = [t for gemm in GEMMS if isinstance(t := getattr(self, gemm).transform, Transform)]
+        draws = any(isinstance(v, QuantSpec) and v.stochastic for v in operands)
+        object.__setattr__(self, "_quantizes", any(v is not None for v in operands) or bool(transforms))
+        object.__setattr__(self, "_stochastic", draws or any(t.randomized for t in transforms))
 
     def operands(self) -> dict[str, Operand]:
         """The six operands by name, ``fprop.input`` .. ``wgrad.input``."""
@@ -176,9 +182,7 @@ class LinearRecipe:
     @property
     def quantizes(self) -> bool:
         """Whether any operand is quantized or any GEMM transformed."""
-        return any(v is not None for v in self.operands().values()) or any(
-            getattr(self, g).transform is not None for g in GEMMS
-        )
+        return self._quantizes  # type: ignore[attr-defined, no-any-return]
 
     @property
     def learns_steps(self) -> bool:
@@ -188,9 +192,7 @@ class LinearRecipe:
     @property
     def stochastic(self) -> bool:
         """Whether it draws random bits: stochastic rounding or a randomized transform."""
-        return any(isinstance(v, QuantSpec) and v.stochastic for v in self.operands().values()) or any(
-            isinstance(t, Transform) and t.randomized for t in (getattr(self, g).transform for g in GEMMS)
-        )
+        return self._stochastic  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +215,8 @@ class ModelRecipe:
     linear: for every linear layer (None: none). rules: ordered, the last match wins. exclude: patterns that stay
     in high precision, whatever the rules. A pattern that matches nothing is an error (raised by
     ``qtrain.nn.apply_recipe``). compute: ``simulated`` multiplies grid values in ordinary GEMMs; ``native`` multiplies
-    codes on low-precision hardware, or raises; ``auto`` is native in the layers and on the machines that have a fast
-    native path, else simulated, and the surgery's report says where. recompute_activations: quantized layers that alone
+    codes on low-precision hardware, or raises; ``auto`` is native in the layers where that measures faster
+    (outside of a run: wherever there are kernels), else simulated, and the surgery's report says where. recompute_activations: quantized layers that alone
     read an activation (an MLP's ``down``) save its inputs and not what they read, which the backward computes again.
     """
 
@@ -237,7 +239,7 @@ class ModelRecipe:
         if self.compute not in COMPUTES:
             raise ValueError(
                 f"compute={self.compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in "
-                "int8 GEMMs) and auto (native where it is fast)"
+                "int8 or fp8 GEMMs) and auto (native where it is fast)"
             )
 
     def for_layer(self, name: str) -> LinearRecipe | None:

@@ -28,8 +28,10 @@ CHANGEABLE = ("recipe",)
 
 
 def recipe_digest(recipe: ModelRecipe) -> str:
-    """sha256 of what the recipe says, however it was spelled: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True, default=str).encode()).hexdigest()
+    """sha256 of what the recipe says, however it was spelled: 64 hexadecimal digits. What is computed again instead of
+    being kept changes no number and is no part of it."""
+    said = {key: value for key, value in asdict(recipe).items() if key != "recompute_activations"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:

@@ -33,9 +33,10 @@ from torch.utils.data import default_collate
 
 from qtrain.data.stream import mix_words
 from qtrain.nn.quantizers import follow_optimizer, start_steps
-from qtrain.nn.surgery import SurgeryReport, apply_recipe
+from qtrain.nn.surgery import Faster, SurgeryReport, apply_recipe
 
 from .assembly import Assembly, resolved_device
+from .auto_plan import faster_layers
 from .identity import plan_of, recipe_digest
 from .processes import summed
 from .run_folder import CENSUS, versions
@@ -86,13 +87,23 @@ class QuantizedTransformer(LightningModule):
             return
         model = self.parts.make_model(pretrained=not self._continues)
         device = resolved_device(self.settings.device)
-        surgery = apply_recipe(model, self.parts.recipe, seed=self.settings.seed, device=device)
+        surgery = apply_recipe(
+            model, self.parts.recipe, seed=self.settings.seed, device=device, faster=self._faster(device)
+        )
         mesh = self.device_mesh  # FSDP2's strategy sets it
         if self.settings.compile:
             compile_for(model, self.parts.processes.sharding)
         if mesh is not None:
             shard(model, mesh["data_parallel"])
         self.model, self.surgery = model, surgery
+
+    def _faster(self, device: str) -> Faster | None:
+        """What decides for ``compute=auto``: of a run its measured plan; elsewhere nothing is timed."""
+        if self.parts.recipe.compute != "auto" or self._trainer is None or self.trainer.state.fn != "fit":
+            return None
+        tokens = self.settings.micro_batch_sequences * self.settings.sequence_tokens
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        return faster_layers(Path(self.trainer.default_root_dir), device=device, tokens=tokens, dtype=dtype)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.parts.optimizer.for_model(self.model)

@@ -1,6 +1,6 @@
 """The folder of a run, and how files get into it: whole or not at all.
 
-config.yaml versions.json attempts.jsonl surgery.txt census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
+config.yaml versions.json attempts.jsonl surgery.txt plan.json census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
 window_losses.npy loss.png sample.txt summary.json verdict.json
 
 attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wandb")
 SUMMARY, VERDICT, CENSUS, ATTEMPTS = "summary.json", "verdict.json", "census.json", "attempts.jsonl"
+PLAN = "plan.json"  # of compute=auto: what was measured
 WINDOW_LOSSES = "window_losses.npy"  # [n] float32, nats per token of every validation window, in their order
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 

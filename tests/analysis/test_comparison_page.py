@@ -16,7 +16,7 @@ from test_comparison import pair_of_arms
 
 from qtrain.analysis import comparison_figures, comparison_page
 from qtrain.analysis.comparison import compare
-from qtrain.analysis.comparison_figures import band, color
+from qtrain.analysis.comparison_figures import band, color, marker
 from qtrain.analysis.comparison_page import _thin
 from qtrain.analysis.comparison_table import COLUMNS, count, headline, numbers, table_rows
 from qtrain.analysis.run_records import read_run
@@ -95,8 +95,24 @@ def test_pictures(comparison, tmp_path: Path) -> None:
     thick = [line for line in forest.get_lines() if line.get_linewidth() == 2.2]
     gap = comparison.arms[1].gap_fraction
     assert thick[0].get_xdata() == pytest.approx([100 * gap.low, 100 * gap.high])
+    # Gaps below 5 % need no other axis
+    assert forest.get_xscale() == "linear"
     # The run that diverged does not set the range
     assert curves.get_ylim()[1] < 5.5
+
+
+def test_one_wide_gap_leaves_room_for_the_others(tmp_path: Path) -> None:
+    runs = [("base", 0.0, {}), *((f"arm{i}", g, {"tag": i}) for i, g in enumerate((0.01, 1.0, *[0.0] * 25)))]
+    found = compare([read_run(write_curve_run(tmp_path, n, 0, healthy_losses(100, 0) + g, **o)) for n, g, o in runs], baseline="base")  # fmt: skip
+    curves, forest = comparison_figures.draw(found).axes
+    assert forest.get_xscale() == "symlog"
+    low, high = forest.get_xlim()
+    assert low <= -1
+    assert high > 38  # 100 * 1 / 2.6, and more
+    # No two of the arms that are shown look alike
+    drawn = [(line.get_color(), line.get_marker()) for line in curves.get_lines()]
+    assert len(set(drawn)) == len(drawn) == comparison_figures.MOST_ARMS
+    assert len({(color(i), marker(i)) for i in range(25)}) == 25
 
 
 def test_a_band_is_over_the_sound_runs_at_common_tokens(comparison) -> None:

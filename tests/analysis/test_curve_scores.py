@@ -8,9 +8,9 @@ import statistics
 
 import numpy as np
 import pytest
+from step_curves import spike_steps
 
 from qtrain.analysis import curve_scores
-from qtrain.analysis.spikes import spike_steps
 
 
 def curve(steps: int, seed: int = 1) -> list[float]:

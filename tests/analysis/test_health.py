@@ -218,6 +218,16 @@ def test_other_instruments_are_notes(tmp_path: Path) -> None:
     assert "look at a.weight/exp_avg_sq first: 25.0% of its second moments are stored as 0" in blamed.sentence
 
 
+def test_trouble_that_lasts_makes_a_run_noisy(tmp_path: Path) -> None:
+    floors = [{"step": s, "quant/a/dW/noise_floor": 0.8} for s in (100, 200, 300)]
+    health = health_of(tmp_path / "floor", healthy_losses(STEPS, 0), instruments=floors)
+    assert health.sentence.startswith("noisy: quant/a/dW/noise_floor is 0.80 from step 100 on")
+    logits = [{"step": s, "attention/b/max_logit": 700.0} for s in (100, 200, 300)]
+    health = health_of(tmp_path / "logit", healthy_losses(STEPS, 0), instruments=logits)
+    assert (health.verdict, health.blame) == ("noisy", None)
+    assert "attention is saturated" in health.sentence
+
+
 def _cut(folder: Path, name: str, keep: int) -> None:
     lines = (folder / name).read_text().splitlines(keepends=True)
     (folder / name).write_text("".join(lines[:keep]) + lines[keep][:9])

@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 import random
 
+from step_curves import diverged_at, joint_spike_steps, robust_scores, spike_share, spike_steps
+
+from qtrain.analysis.limits import DIVERGED_NATS, DIVERGED_STEPS
 from qtrain.analysis.spikes import (
-    DIVERGED_NATS,
-    DIVERGED_STEPS,
     LEAST,
     ROLLING,
     Divergence,
     RobustScore,
     SigmaSpikes,
-    diverged_at,
-    joint_spike_steps,
     put_back,
-    robust_scores,
-    spike_share,
-    spike_steps,
     state_of,
 )
 

@@ -51,6 +51,18 @@ def test_the_zero_bin_holds_what_was_above_zero():
     assert stepped(p, optimizer, zeros)[0][2] == 0
 
 
+def test_before_the_first_step_moments_are_zeros():
+    """v = .05 g^2 alone: what falls below half of max/255 is lost at the very first step, and no code was there to change."""
+    p = torch.nn.Parameter(torch.zeros(3, 5))
+    optimizer = AdamW([p], lr=1e-3, betas=(0.9, 0.95), states={"exp_avg": "int8_row", "exp_avg_sq": "uint8_row", "min_numel": 0})  # fmt: skip
+    grad = torch.ones(3, 5)
+    grad[1, 2], grad[0, 0] = 100.0, 0.0
+    counts, least = stepped(p, optimizer, grad)
+    assert all(math.isnan(n) for n in counts[:2])
+    assert counts[2:] == [4, 15]  # the neighbours of 100; what got no gradient is truly zero
+    assert least == 0
+
+
 def test_float32_moments_have_no_codes():
     p, optimizer = made()
     counts, least = stepped(p, optimizer, torch.full((3, 5), 2.0))

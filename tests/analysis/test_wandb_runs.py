@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from made_up_runs import healthy_losses
 
 from qtrain.analysis.health import judge
 from qtrain.analysis.run_sources import places, read_all
-from qtrain.analysis.wandb_runs import log_table, merged, read_offline, read_online
+from qtrain.analysis.wandb_runs import merged, read_offline, read_online
 
 CONFIG = {
     "name": "arm",
@@ -47,7 +47,13 @@ def rows_of(losses: np.ndarray, first: int, every: int = 20) -> list[dict[str, A
 
 
 def log(
-    folder: Path, rows: list[dict[str, Any]], *, run_id: str, finish: bool = True, final: float | None = None
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    run_id: str,
+    finish: bool = True,
+    final: float | None = None,
+    alerts: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """An offline run by wandb itself; its folder."""
     import wandb
@@ -67,6 +73,8 @@ def log(
     )
     for row in rows:
         run.log(row, step=row["step"])
+    for name, text in alerts:
+        run.alert(title=name, text=text)
     if final is not None:
         run.summary.update({"final/val_loss": final, "final/steps": 60, "final/parameters": 1000})
     place = Path(run.dir).parent
@@ -80,8 +88,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, losses = tmp_path_factory.mktemp("wandb"), healthy_losses(60, 0)
     whole = log(root, rows_of(losses, 1), run_id="whole", final=2.5)
     # The first attempt was killed after step 40, the second went on from a checkpoint of step 30, with other noise
-    first = log(root, rows_of(losses[:40] + 1.0, 1), run_id="resumed", finish=False)
-    second = log(root, rows_of(losses[30:], 31), run_id="resumed", final=2.5)
+    cried = [("stability/loss_spike", "step 12: the loss is 9"), ("stability/diverged", "step 35: too high")]
+    first = log(root, rows_of(losses[:40] + 1.0, 1), run_id="resumed", finish=False, alerts=cried)
+    other = [
+        ("quant/noise_floor", "step 50: the rounding of\na/dW outweighs it"),
+        ("of the user", "anything"),
+    ]
+    second = log(root, rows_of(losses[30:], 31), run_id="resumed", final=2.5, alerts=other)
     return {"root": root, "whole": whole, "first": first, "second": second, "losses": losses}  # type: ignore[dict-item]
 
 
@@ -116,6 +129,12 @@ def test_the_attempts_of_a_run_are_one_curve(offline: dict[str, Any]) -> None:
     assert run.state == "completed"
     expected = offline["losses"] + np.where(np.arange(60) < 30, 1.0, 0.0)
     np.testing.assert_array_equal(run.curves.loss, expected)
+    # Step 35 was done again, without that alert; texts that are not the instruments' are left to W&B
+    assert [(a.name, a.step, a.message) for a in run.alerts] == [
+        ("stability/loss_spike", 12, "the loss is 9"),
+        ("quant/noise_floor", 50, "the rounding of\na/dW outweighs it"),
+    ]
+    assert any("alert stability/loss_spike while it trained, at step 12" in note for note in judge(run).notes)
     alone = read_offline([offline["first"]])[0]
     assert (alone.state, alone.curves.last_step) == ("unfinished", 40)
     assert judge(alone).verdict == "incomplete"
@@ -207,21 +226,3 @@ def test_a_project_online(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             read_online(address)
-
-
-def test_a_table_is_logged(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    page.write_text("<p>hello</p>")
-    log_table(
-        "comparison",
-        ["arm", "gap"],
-        [["base", ""], ["w4", "+1"]],
-        page,
-        mode="offline",
-        project="p",
-        dir=tmp_path,
-    )
-    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
-    found = json.loads(table.read_text())
-    assert (found["columns"], found["data"]) == (["arm", "gap"], [["base", ""], ["w4", "+1"]])
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/html/*.html"))) == 1

@@ -22,12 +22,19 @@ MODEL = GPTConfig(vocab_size=32, sequence_tokens=16, layers=2, heads=2, width=32
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setitem(kernel_bench.COPY_BYTES, "cpu", 1 << 16)
-    monkeypatch.setitem(kernel_bench.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setitem(kernel_bench.PEAK_SHAPES, "cpu", ((64, 64, 64),))
 
 
 def settings(**changes: Any) -> DictConfig:
     given = {"arms": ["bf16", "native_int8", "simulated"], "optimizers": ["torch_fused", "adamw8bit"]}
-    more = {"rounds": 5, "seed": 0, "batch_sequences": 2, "sequence_tokens": 15, "largest_batch": False}
+    more = {
+        "rounds": 5,
+        "seed": 0,
+        "batch_sequences": 2,
+        "sequence_tokens": 15,
+        "largest_batch": False,
+        "cuda_graphs": False,
+    }
     return OmegaConf.create({**given, **more, **changes})
 
 
@@ -97,7 +104,9 @@ def test_the_report_has_every_combination_and_its_ratio_to_the_first(capsys: Any
         assert r["of_measured_peak"] == pytest.approx(achieved / found["bf16_peak_per_s"])
         assert r["mfu"] is None, "no data sheet for this device"
         assert 3.0 < r["loss"] < 4.0, "near ln 32"
+        assert r["optimizer_ms"] > 0
     assert [r["ratio"] for r in found["rows"][::2]] == [1.0, 1.0]
+    assert found["parameters"] == MODEL.build(seed=0).num_parameters()
     assert len(saved) == 1
     assert "| adamw8bit | native_int8 | 2 |" in text
 

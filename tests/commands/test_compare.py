@@ -50,6 +50,22 @@ def test_a_bare_word_is_where_the_runs_are(runs: Path) -> None:
     assert (runs / "out" / "comparison.html").stat().st_size < 10_000_000
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_narrow_terminal_has_few_columns(
+    runs: Path, columns: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for i in range(5):
+        write_curve_run(runs / "runs", f"other{i}", 0, healthy_losses(200, 0), **QUANTIZED, tag=i)
+    assert compare(runs) == 0
+    out = capfd.readouterr().out
+    assert "│ other4 " in out
+    assert ("tokens/s" in out.split("│ base")[0]) is (columns == 200)
+    assert (
+        "tokens/s, states, MB, lowest SQNR: on the page, in comparison.json" in " ".join(out.split())
+    ) is (columns == 80)
+
+
 def test_gates_set_the_exit_code(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert compare(runs, "gate.max_loss_gap_fraction=0.03") == 0
     assert compare(runs, "gate.max_loss_gap_fraction=0.01") == 1

@@ -5,7 +5,9 @@ A script and not a test, since the variable is read when triton is first importe
 
 from __future__ import annotations
 
+import copy
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ import triton.language as tl
 from qtrain_kernels import contract, counter_hash
 from qtrain_kernels.adamw_step import fma
 from qtrain_kernels.counter_hash_triton import key, random_bits, row_keys, uniform
-from qtrain_kernels.op import all_ops
+from qtrain_kernels.op import Op, all_ops, kernel_module
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -59,6 +61,17 @@ def hash_failures() -> list[str]:
     return found
 
 
+def variant_failures(op: Op[Any, Any]) -> list[str]:
+    """Of the other ways that a kernel may be launched, on some of the cases."""
+    few = copy.copy(op)
+    few.cases = {name: op.cases[name] for name in list(op.cases)[7::4]}
+    module = kernel_module(op, "cuda")
+    named = module.variants() if hasattr(module, "variants") else {}
+    return [
+        f"{name}: {line}" for name, launch in named.items() for line in contract.failures(few, "cpu", launch)
+    ]
+
+
 def round_fma_once() -> None:
     """The interpreters of older Tritons compute a fused multiply-add as a product and a sum, of two roundings."""
 
@@ -77,4 +90,5 @@ if __name__ == "__main__":
     for name, op in all_ops().items():
         if "cuda" in op.kernels:
             report[name] = contract.failures(op, "cpu", op.kernel("cuda"))
+            report[name] += variant_failures(op)
     print(json.dumps(report))

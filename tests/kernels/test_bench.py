@@ -28,7 +28,7 @@ ARGUMENTS = [
 
 def small_roof(monkeypatch):
     monkeypatch.setitem(bench.COPY_BYTES, "cpu", 1 << 22)
-    monkeypatch.setitem(bench.PEAK_SIZE, "cpu", 128)
+    monkeypatch.setitem(bench.PEAK_SHAPES, "cpu", ((128, 128, 128), (8, 8, 8)))
 
 
 def test_rows_are_complete_and_consistent(tmp_path, capsys, monkeypatch):
@@ -56,10 +56,14 @@ def workload(name: str, rivals=None, dtype=torch.int8) -> Workload:
     return Workload(name, inputs, bytes=64 * 32 * 2, flops=10**6, rivals=rivals or {})
 
 
+def clone(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
 def identity_op(**more) -> Op:
     """An op outside of the registry."""
-    fields = {"name": "identity", "reference": torch.clone, "cases": {}, "workloads": lambda _: []}
-    return Op(**fields, kernels={}, mutates=(), rtol=0, atol=0, overload=torch.clone, **more)
+    fields = {"name": "identity", "reference": clone, "cases": {}, "workloads": lambda _: []}
+    return Op(**fields, kernels={}, mutates=(), rtol=0, atol=0, code_flips=0.0, overload=clone, **more)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.int8, 2), (torch.bfloat16, 1)])
@@ -67,8 +71,9 @@ def test_operations_are_held_to_the_measured_peak(dtype, factor, monkeypatch):
     small_roof(monkeypatch)
     rows = bench.measure(identity_op(), workload("w", dtype=dtype), "cpu", 3, [], {})
     by_name = {row["contender"]: row for row in rows}
-    peak = 2 * 128**3 / by_name["bf16 peak"]["median_ms"] * 1e-9
-    assert by_name["bf16 peak"]["tflop_per_s"] == pytest.approx(peak)
+    large, small = (by_name[f"bf16 peak {n}x{n}x{n}"] for n in (128, 8))
+    assert large["tflop_per_s"] == pytest.approx(2 * 128**3 / large["median_ms"] * 1e-9)
+    peak = max(large["tflop_per_s"], small["tflop_per_s"])
     rate = 1e6 / by_name["op"]["median_ms"] * 1e-9
     assert by_name["op"]["percent_of_peak"] == pytest.approx(100 * rate / (factor * peak))
     assert by_name["op"]["peak"] == f"{factor} x bf16 peak"
@@ -118,10 +123,25 @@ def test_a_broken_op_does_not_hide_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(all_ops()["quantize_rows"], "workloads", lambda _: [workload("w")])
     monkeypatch.setattr(bench, "measure", lambda op, w, *_: [{**dict.fromkeys(FIELDS), "op": op.name, "workload": w.name, "contender": "op", "missing": "-"}])  # fmt: skip
     file = tmp_path / "rows.json"
-    with pytest.raises(SystemExit, match="contract broken: quantize_rows_columns"):
+    with pytest.raises(SystemExit, match="broken:\nquantize_rows_columns: x"):
         bench.main(["--op", "quantize_rows", "--op", "quantize_rows_columns", "--device", "cpu", "--json", str(file)])  # fmt: skip
     assert {row["op"] for row in json.loads(file.read_text())} == {"quantize_rows"}
     assert "quantize_rows_columns: contract broken, nothing is measured" in capsys.readouterr().out
+
+
+def test_a_workload_that_fails_does_not_hide_the_others(monkeypatch, tmp_path):
+    def measure(op, workload, *_):
+        if workload.name == "bad":
+            raise RuntimeError("out of memory")
+        return [{**dict.fromkeys(FIELDS), "op": op.name, "workload": workload.name, "contender": "op", "missing": "-"}]  # fmt: skip
+
+    monkeypatch.setattr(bench, "broken_contracts", lambda names, _: {n: [] for n in names})
+    monkeypatch.setattr(all_ops()["quantize_rows"], "workloads", lambda _: [workload("bad"), workload("good")])  # fmt: skip
+    monkeypatch.setattr(bench, "measure", measure)
+    file = tmp_path / "rows.json"
+    with pytest.raises(SystemExit, match="quantize_rows: bad failed"):
+        bench.main(["--op", "quantize_rows", "--device", "cpu", "--json", str(file)])
+    assert [row["workload"] for row in json.loads(file.read_text())] == ["good"]
 
 
 def test_contracts_of_several_ops_are_checked_in_processes():
@@ -149,7 +169,7 @@ def test_no_number_from_an_op_that_breaks_its_contract(monkeypatch, capsys):
     case = op.cases["fp32/int8/nearest"]
     monkeypatch.setattr(op, "cases", {"other": lambda: (case()[0].requires_grad_().view(7, 33), *case()[1:])})
     monkeypatch.setattr(op, "reference", lambda *args: (torch.zeros(1), torch.zeros(1)))
-    with pytest.raises(SystemExit, match="contract broken"):
+    with pytest.raises(SystemExit, match="broken:\nquantize_rows: quantize_rows other: output 0"):
         bench.main([*ARGUMENTS, "--rivals"])
     assert "GB/s" not in capsys.readouterr().out
 

@@ -183,3 +183,20 @@ def test_the_unchanged_variant_passes():
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_kernel_breaks_the_contract(wrong):
     assert contract.failures(OPS["quantize_rows"], implementation=wrong) != []
+
+
+@pytest.mark.parametrize(
+    ("flips", "size", "holds"), [(1, 1, True), (2, 1, True), (3, 1, False), (1, 2, False), (0, 0, True)]
+)
+def test_codes_may_flip_by_one_in_the_stated_share(monkeypatch, flips, size, holds):
+    op = OPS["quantize_rows"]
+    monkeypatch.setattr(op, "code_flips", 2 / (7 * 33))
+    case = "fp32/int8/nearest"
+    monkeypatch.setattr(op, "cases", {case: op.cases[case]})
+
+    def run(*args):
+        codes, scale = declaration.reference(*args)
+        codes.view(-1)[:flips] += -size * codes.view(-1)[:flips].sign() + size * (codes.view(-1)[:flips] == 0)
+        return codes, scale
+
+    assert (contract.failures(op, implementation=run) == []) is holds

@@ -91,6 +91,16 @@ def test_bad_arguments_are_named(change, message) -> None:
         fp8_scaled_mm(**_arguments(**change))
 
 
+def test_the_library_is_not_given_what_it_would_drop() -> None:
+    pytest.importorskip("triton")
+    from qtrain_kernels.fp8_scaled_mm_triton import launch
+    from qtrain_kernels.scaled_mm_config import LIBRARY
+
+    codes = torch.zeros(16, 16).to(E4M3)
+    with pytest.raises(ValueError, match="pass another config"):
+        launch(codes, codes, None, None, torch.ones(16), torch.bfloat16, LIBRARY)
+
+
 @pytest.mark.gpu
 def test_long_sums_are_promoted_to_float32() -> None:
     """Of positive products, the tensor core's own sum stands still once a product is below its last bit: with 14 bits at
@@ -115,3 +125,26 @@ def test_offsets_beyond_two_to_the_31() -> None:
     y = fp8_scaled_mm(a, b, None, None, None, torch.float32)
     want = a[-64:].double() @ b.double().t()
     assert torch.allclose(y[-64:].double(), want, rtol=0, atol=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(8))
+def test_every_config_keeps_the_bound(index: int) -> None:
+    """On a GPU, torch's own, the tiles of the rule whole and split and the specialised ones, in each mix of formats."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from qtrain_kernels.scaled_mm_config import LIBRARY, measurable, properties
+
+    capability, _ = properties(torch.device("cuda"))
+    configs = [LIBRARY, *(c for c in measurable("fp8", capability, 2048) if c.SPLIT <= 2)]
+    if index >= len(configs):
+        pytest.skip("there are no more configs for this architecture")
+    M, N, K = 384, 672, 2080
+    mixes = ((E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3))
+    for types in mixes[:1] if configs[index] == LIBRARY else mixes:
+        a, b = (torch.randn(rows, K, device="cuda").to(t) for rows, t in zip((M, N), types, strict=True))
+        a_scale, b_scale = torch.rand(M, device="cuda") / K**0.5, torch.rand(N, device="cuda")
+        arguments = (a, b, a_scale, b_scale, None, torch.bfloat16)
+        y = fp8_scaled_mm.kernel("cuda")(*arguments, config=configs[index])
+        want = declaration.reference(*arguments)
+        assert torch.allclose(y.float(), want.float(), rtol=declaration.RTOL, atol=declaration.ATOL)

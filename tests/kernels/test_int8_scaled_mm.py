@@ -114,3 +114,45 @@ def test_the_largest_contraction_is_exact(tier: cpu_tier.Tier) -> None:
     a = torch.full((1, MAX_K), -128, dtype=torch.int8)
     y = int8_scaled_mm.kernel("cpu")(a, a, None, None, None, torch.float32, on=tier)
     assert y.item() == float(np.float32(MAX_K * 2**14))
+
+
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(10))
+def test_every_config_gives_the_same_bits(index: int) -> None:
+    """On a GPU, the tiles of the rule whole and split and the specialised ones, on sizes that fill no tile."""
+    _needs_gpu()
+    from qtrain_kernels.scaled_mm_config import measurable, properties
+
+    capability, _ = properties(torch.device("cuda"))
+    configs = [c for c in measurable("int8", capability, 2048) if c.SPLIT <= 2]
+    if index >= len(configs):
+        pytest.skip("there are no more configs for this architecture")
+    generator = torch.Generator("cuda").manual_seed(0)
+    a, b = (
+        torch.randint(-128, 128, (rows, 2080), generator=generator, device="cuda", dtype=torch.int8)
+        for rows in (389, 660)
+    )
+    a_scale, b_scale = (torch.rand(len(x), generator=generator, device="cuda") for x in (a, b))
+    for dtype in declaration.OUT_DTYPES:
+        arguments = (a, b, a_scale, b_scale, None, dtype)
+        y = int8_scaled_mm.kernel("cuda")(*arguments, config=configs[index])
+        assert contract.same_bits(y, declaration.reference(*arguments)), configs[index].name
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The last rows of an operand and of an output of more than 2^31 elements equal the same rows alone."""
+    _needs_gpu()
+    for M, N, K in ((2**17 + 3, 128, 2**14 + 16), (2**17 + 3, 2**14 + 16, 32)):
+        a = torch.randint(-128, 128, (M, K), device="cuda", dtype=torch.int8)
+        b = torch.randint(-128, 128, (N, K), device="cuda", dtype=torch.int8)
+        y = int8_scaled_mm(a, b, None, None, None, torch.bfloat16)
+        want = declaration.reference(a[-64:], b, None, None, None, torch.bfloat16)
+        assert contract.same_bits(y[-64:], want)
+        turned = a.t().contiguous().t()  # the copy to K-major reads and writes beyond 2^31 as well
+        assert torch.equal(int8_scaled_mm(turned, b, None, None, None, torch.bfloat16), y)

@@ -99,6 +99,29 @@ def test_columns_are_the_rows_of_the_transpose() -> None:
     assert all(torch.equal(a, b) for a, b in zip(rows, columns, strict=True))
 
 
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_on_the_gpu() -> None:
+    """Of both copies, of rows far apart, and of columns far apart."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    counters = [torch.tensor(n, device="cuda") for n in (1, 2, 0)]
+    sides = (127, True, False, 3, None, 7, False, False, 4, None)
+    for R, C in ((2**19 + 3, 4096), (4096, 2**19 + 16)):
+        x = torch.randn(R, C, device="cuda", dtype=torch.bfloat16)
+        rows, _, columns, column_scale = quantize_rows_columns(x, *sides, *counters)
+        offset = torch.tensor(R - 2, device="cuda")
+        last = quantize_rows.quantize_rows(x[-2:], 127, True, *counters[:2], 3, offset)[0]
+        assert torch.equal(rows[-2:], last)
+        codes, scale = quantize_rows.quantize_rows(x[:, -3:].t(), 7, False, *counters[:2], 4, counters[2])
+        assert torch.equal(columns[-3:], codes)
+        assert torch.equal(column_scale[-3:], scale)
+    x = torch.randn(4, 2**26, device="cuda", dtype=torch.bfloat16)
+    for far in (x[:, :70], x[:, :70].t()):
+        got = quantize_rows_columns(far, *sides, *counters)
+        want = quantize_rows_columns(far.contiguous(), *sides, *counters)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -40,10 +40,11 @@ def test_machine_code_without_spills(tmp_path):
     """Compiled afresh (an empty cache) in a process of its own."""
     lines = run("-m", "qtrain_kernels.aot", "--json", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     rows = [json.loads(line) for line in lines]
-    assert {(row["op"], row["arch"]) for row in rows} == {
-        (op, arch) for op in KERNELS for arch in ARCHITECTURES
-    }
+    every = {(op, arch) for op in KERNELS for arch in ARCHITECTURES}
+    assert {(row["op"], row["arch"]) for row in rows} == every - {
+        ("fp8_scaled_mm", 80)
+    }  # no fp8 tensor cores
     for row in rows:
         assert row["problems"] == [], row
         assert row["stack"] == row["local"] == 0
-        assert 16 <= row["registers"] <= row["max_registers"] < 255
+        assert 16 <= row["registers"] <= row["max_registers"] <= 255

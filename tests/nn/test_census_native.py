@@ -14,7 +14,14 @@ from torch import Tensor
 
 import qtrain.nn.native as carrier
 from qtrain.nn import take_census
+from qtrain.nn.native_ops import references_run
+from qtrain.nn.probe import FP8_SUMS
 
+FP8_ROW = {
+    "fprop": {"input": "e4m3_row", "weight": "e4m3_row"},
+    "dgrad": {"grad_output": "e5m2_row_sr", "weight": "e4m3_row"},
+    "wgrad": {"grad_output": "e4m3_row_sr", "input": "fprop"},
+}
 NATIVE = ["int8_reused", "tensor_reused", "saved_stochastic"]
 
 
@@ -28,6 +35,51 @@ def test_native_layers_pass_and_their_products_are_int8(name: str, dtype: str) -
     assert set(census.flops) == {"int8"}
     assert census.flops_summary() == "int8 100.0%"
     assert census.to_dict()["flops_summary"] == "int8 100.0%"
+
+
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_row"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_fp8_layers_pass_and_their_products_are_fp8(name: str, dtype: str) -> None:
+    with references_run():
+        census = census_of(FP8_ROW if name == "fp8_row" else name, dtype, compute="native", layers=2)
+    assert census.failures() == []
+    assert {o.kernel for o in census.quantized()} == {"fp8_scaled_mm"}
+    assert {o.dtype for o in census.quantized()} <= {"float8_e4m3fn", "float8_e5m2"}
+    assert census.flops_summary() == "fp8 100.0%"
+
+
+@pytest.mark.parametrize("product", ["rounded_to_fp8", "without_a_scale", "int8"])
+def test_an_fp8_product_of_other_numbers_fails(monkeypatch: pytest.MonkeyPatch, product: str) -> None:
+    real = carrier.fp8_scaled_mm
+
+    def fake(a: Tensor, b: Tensor, a_scale: Any, b_scale: Any, bias: Any, dtype: torch.dtype) -> Tensor:
+        if product == "without_a_scale":
+            return real(a, b, None, b_scale, bias, dtype)
+        y = real(a, b, a_scale, b_scale, bias, dtype)
+        coarse = y.to(torch.float8_e4m3fn) if product == "rounded_to_fp8" else (y * 8).round() / 8
+        return coarse.to(dtype)
+
+    monkeypatch.setattr(carrier, "fp8_scaled_mm", fake)
+    with references_run():
+        assert_fails(census_of(FP8_ROW, "bf16", compute="native"))
+
+
+@pytest.mark.parametrize("error", [0.1, 10.0])
+def test_sums_of_fp8_may_err_as_tensor_cores_do(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """Within FP8_SUMS of the magnitudes they pass, beyond it they fail, inside of the op."""
+    from qtrain_kernels.fp8_scaled_mm import epilogue, fp8_scaled_mm
+
+    def sloppy(a: Tensor, b: Tensor, a_scale: Any, b_scale: Any, bias: Any, dtype: torch.dtype) -> Tensor:
+        wide = [t.to(torch.float32) for t in (a, b)]
+        sums = wide[0] @ wide[1].t() + error * FP8_SUMS * (wide[0].abs() @ wide[1].abs().t())
+        return epilogue(sums, a_scale, b_scale, bias, dtype)
+
+    monkeypatch.setitem(fp8_scaled_mm.kernels, "cpu", "test:sloppy")
+    monkeypatch.setattr(op_module, "_load", lambda target: sloppy)
+    with references_run(), torch.library._scoped_library("qtrain", "IMPL") as library:
+        library.impl("fp8_scaled_mm", fp8_scaled_mm._body("cpu", lambda: sloppy), "CPU")
+        census = census_of(FP8_ROW, "fp32", compute="native")
+    assert bool(census.failures()) == (error > 1), census.failures()
 
 
 def test_flops_by_precision_count_what_stays_in_high_precision() -> None:
@@ -115,7 +167,7 @@ def test_a_product_that_is_not_counted_fails(monkeypatch) -> None:
     calls = iter([0, 0, 0])
     monkeypatch.setattr("qtrain.nn.census._native_calls", lambda: next(calls, 0))
     assert_fails(
-        census_of("int8_reused", compute="native"), text="counts 0 executions where 21 products were seen"
+        census_of("int8_reused", compute="native"), text="count 0 executions where 21 products were seen"
     )
 
 

@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import equations
 import pytest
@@ -18,8 +21,7 @@ from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import nn
 
 from qtrain.nn import Clock, QuantizedLinear, apply_recipe
-from qtrain.nn.native import NativeLinear
-from qtrain.nn.native_ops import obstacles
+from qtrain.nn.native_ops import KINDS, kinds_of, obstacles, references_run
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 ALL = {
@@ -42,12 +44,41 @@ ALL = {
     },
     "forward_alone": {"fprop": {"input": "int8_row", "weight": "int8_tensor"}},
     "weight_gradient_alone": {"wgrad": {"grad_output": "int8_row_sr", "input": "int8_row"}},
+    "fp8_row": {
+        "fprop": {"input": "e4m3_row", "weight": "e4m3_row"},
+        "dgrad": {"grad_output": "e4m3_row", "weight": "e4m3_row"},
+        "wgrad": {"grad_output": "e4m3_row", "input": "e4m3_row"},
+        "saved": "quantized",
+    },
+    "fp8_row_reused_stochastic": {
+        "fprop": {"input": "e4m3_row_sr", "weight": "e4m3_row"},
+        "dgrad": {"grad_output": "e5m2_row_sr", "weight": "fprop"},
+        "wgrad": {"grad_output": "e5m2_row_sr", "input": "fprop"},
+        "saved": "quantized",
+    },
+    "fp8_forward_int8_backward": {
+        "fprop": {"input": "e4m3_row", "weight": "e5m2_tensor"},
+        "dgrad": {"grad_output": "int8_row", "weight": "int8_tensor"},
+        "wgrad": {"grad_output": "e4m3_row", "input": "e5m2_row"},
+    },
     **{
         name: recipe
         for name, recipe in LAYERS.items()
         if not obstacles(LinearRecipe(**recipe)) and LinearRecipe(**recipe).quantizes
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _fp8_by_reference() -> Iterator[None]:
+    """There is no fp8 kernel for CPUs."""
+    with references_run():
+        yield
+
+
+def is_exact(name: str) -> bool:
+    """Whether the sums of its products are: of int8."""
+    return kinds_of(LinearRecipe(**ALL[name])) == ["int8"]
 
 
 def layer_of(name: str, in_features: int, out_features: int, *, native: bool = True, bias: bool = True) -> QuantizedLinear:  # fmt: skip
@@ -69,12 +100,12 @@ def test_the_recipes_reach_every_kind_of_operand() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_fp32_follows_the_equations(name: str, bias: bool) -> None:
     layer, x = layer_of(name, 37, 23, bias=bias), hostile(15, 37)
-    before = int8_scaled_mm.calls
+    before = sum(kind.multiply.calls for kind in KINDS.values())
     seen = step(layer, x, autocast=False)
     gemms = sum(
         layer.recipe.resolved(f"{g}") is not None for g in ("fprop.input", "dgrad.weight", "wgrad.input")
     )
-    assert int8_scaled_mm.calls - before == gemms
+    assert sum(kind.multiply.calls for kind in KINDS.values()) - before == gemms
     assert_follows(name, layer.recipe, layer, x, seen, "fp32")
 
 
@@ -159,7 +190,22 @@ def test_saved_for_the_backward(saved: str) -> None:
     assert (held <= 0.55 * bf16) == (saved == "quantized"), held / bf16
 
 
-@pytest.mark.parametrize("name", ["int8_reused", "reused_saved_stochastic", "forward_alone"])
+def test_a_layer_that_first_runs_compiled_is_compiled_once() -> None:
+    """Its first call leaves nothing behind that a guard of the graph would see change."""
+    torch.compiler.reset()
+    layer, graphs = layer_of("int8_reused", 16, 24), []
+    compiled = torch.compile(
+        layer, fullgraph=True, backend=lambda module, inputs: graphs.append(module) or module
+    )
+    for _ in range(3):
+        compiled(torch.randn(4, 16))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int8_reused", "reused_saved_stochastic", "forward_alone", "fp8_row_reused_stochastic", "fp8_row"],
+)
 def test_fullgraph_compile_gives_the_same_bits(name: str) -> None:
     torch.compiler.reset()
     layer, x = layer_of(name, 37, 23), hostile(15, 37)
@@ -192,7 +238,9 @@ def test_checkpointing_recomputes_the_same_bits() -> None:
     [
         ({"wgrad": {"grad_output": "int8_column", "input": "int8_row"}}, "wgrad.grad_output=int8 column: column scales"),
         ({"fprop": {"weight": "int8_row"}}, "fprop.input=none beside a quantized operand: write int8_row"),
-        ({"fprop": {"weight": "e4m3_row", "input": "int8_row"}}, "fprop.weight=e4m3 row: the GEMM multiplies symmetric integers"),
+        ({"fprop": {"weight": "e4m3_row", "input": "int8_row"}}, "fprop multiplies int8 with e4m3: write two integers, or two of e4m3, e5m2"),
+        ({"fprop": {"weight": "e5m2_row", "input": "e5m2_row"}}, "fprop multiplies e5m2 with e5m2, which no GEMM does: write e4m3"),
+        ({"fprop": {"weight": "e3m4_row", "input": "e4m3_row"}}, "fprop.weight=e3m4 row: the GEMMs multiply symmetric integers, int2 ... int8, e4m3 and e5m2"),
         ({"fprop": {"weight": "int8_row_asym", "input": "int8_row"}}, "symmetric integers"),
         ({"fprop": {"weight": "int8_group32", "input": "int8_row"}}, "group:32 scales do not fold"),
         ({"fprop": {"weight": "int8_row_mse", "input": "int8_row"}}, "clip=mse"),
@@ -211,7 +259,19 @@ def test_what_has_no_native_path_is_refused(recipe: dict, text: str) -> None:
     assert not model[0].native
 
 
+def test_fp8_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reference would run, and be slow."""
+    monkeypatch.setattr("qtrain.nn.native_ops._references_run", False)
+    model, recipe = nn.Sequential(nn.Linear(8, 8)), ALL["fp8_row"]
+    lacks = re.escape("fp8 on cpu has no kernel of quantize_fp8_rows_columns")
+    with pytest.raises(ValueError, match=rf"compute=native: 0 \(Linear\): {lacks}"):
+        apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
+    report = apply_recipe(model, ModelRecipe(linear=recipe, compute="auto"))
+    assert re.match(rf"simulated \({lacks}", report.compute)
+
+
 def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtrain.nn.native_ops._references_run", False)
     model, recipe = nn.Sequential(nn.Linear(8, 8)), ALL["int8_reused"]
     monkeypatch.setattr(int8_scaled_mm, "kernels", {"cpu": int8_scaled_mm.kernels["cpu"]})
     lacks = "int8 on cuda has no kernel of int8_scaled_mm (there is one for cpu)"
@@ -221,10 +281,37 @@ def test_devices_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     report = apply_recipe(model, ModelRecipe(linear=recipe, compute="auto"), device="cuda")
     assert report.compute == f"simulated ({lacks})"
     monkeypatch.undo()
-    apply_recipe(model, ModelRecipe(linear=recipe, compute="native"))
-    nothing = (None, None, model[0].recipe, 0, torch.float32, True, None, None)
-    with pytest.raises(RuntimeError, match="int8 on meta has no kernel of quantize_rows_columns"):
-        NativeLinear.apply(torch.zeros(3, 8, device="meta"), None, model[0].weight, *nothing)
+    monkeypatch.setattr("qtrain.nn.native_ops._references_run", False)
+    monkeypatch.setattr(int8_scaled_mm, "kernels", {"cuda": ""})
+    with pytest.raises(RuntimeError, match="up: compute=native: int8 on cpu has no kernel of int8_scaled_mm"):
+        layer_of("int8_reused", 8, 8)(torch.zeros(3, 8))
+
+
+def test_the_short_way_to_a_kernel_gives_the_bits_of_the_op_and_is_counted() -> None:
+    """``run`` leaves the dispatcher out where nobody looks; under a dispatch mode the op itself is called."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Look(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, found, counts = hostile(15, 37), [], []
+    for mode in (nullcontext(), Look()):
+        before = quantize_rows_columns.executions["cpu"], int8_scaled_mm.executions["cpu"]
+        with mode:
+            found.append(step(layer_of("reused_saved_stochastic", 37, 23), x, autocast=True))
+        counts.append(
+            (
+                quantize_rows_columns.executions["cpu"] - before[0],
+                int8_scaled_mm.executions["cpu"] - before[1],
+            )
+        )
+    assert counts == [(3, 3), (3, 3)]
+    assert Look.seen.count("qtrain.int8_scaled_mm.default") == 3
+    assert all(torch.equal(found[0][what], found[1][what]) for what in ("y", "dx", "dW", "db"))
 
 
 def test_a_device_with_both_kernels_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,21 +342,30 @@ def test_auto_is_native_where_kernels_were_built(monkeypatch: pytest.MonkeyPatch
 
 RANK = """
 import os, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from qtrain.models.gpt import GPT, GPTConfig
 from qtrain.nn import apply_recipe
 from qtrain.quant import ModelRecipe
 
+path, way, checkpointing = sys.argv[1:]
 sr = "int8_row_sr"
 linear = {"fprop": {"input": sr, "weight": sr}, "dgrad": {"grad_output": sr, "weight": "fprop"},
           "wgrad": {"grad_output": sr, "input": "fprop"}, "saved": "quantized"}
-model = GPT(GPTConfig(vocab_size=61, sequence_tokens=16, layers=1, heads=2, width=32), seed=1)
-report = apply_recipe(model, ModelRecipe(linear=linear, compute="native"), seed=5)
+model = GPT(GPTConfig(vocab_size=61, sequence_tokens=16, layers=2, heads=2, width=32), seed=1)
+recipe = ModelRecipe(linear=linear, compute="native", recompute_activations=way != "one")
+report = apply_recipe(model, recipe, seed=5)
+model.set_activation_checkpointing(checkpointing == "True")
 tokens = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(1))
 world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 if world > 1:
     dist.init_process_group("gloo")
+if way == "ddp":
     model = DistributedDataParallel(model)
+elif way == "fsdp2":
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
 for micro in range(rank, 2, world):  # two micro-batches, by one process or by two
     report.clock.set(step=3, token_offset=32 * micro)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -277,26 +373,34 @@ for micro in range(rank, 2, world):  # two micro-batches, by one process or by t
     targets = tokens[2 * micro : 2 * micro + 2, 1:].flatten()
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
     (loss if world > 1 else loss / 2).backward()
+grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+grads = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
 if rank == 0:
-    torch.save({n.removeprefix("module."): p.grad for n, p in model.named_parameters()}, sys.argv[1])
+    torch.save(grads, path)
+if world > 1:
+    dist.destroy_process_group()
 """
 
 
-def test_ddp_on_gloo_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
-    port = str(29500 + os.getpid() % 2000)
-    found = []
-    for world in (1, 2):
-        path = tmp_path / f"{world}.pt"
-        words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", RANK, str(path)], env=os.environ | words | {"RANK": str(r)}
-            )
-            for r in range(world)
-        ]
-        assert [process.wait(timeout=300) for process in ranks] == [0] * world
-        found.append(torch.load(path))
-    one, two = found
+def gradients_of(way: str, folder: Path, *, checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Of one process or of two."""
+    path, world = folder / f"{way}.pt", 1 if way == "one" else 2
+    words = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 2000),
+        "WORLD_SIZE": str(world),
+    }
+    arguments = [sys.executable, "-c", RANK, str(path), way, str(checkpointing)]
+    ranks = [subprocess.Popen(arguments, env=os.environ | words | {"RANK": str(r)}) for r in range(world)]
+    assert [process.wait(timeout=300) for process in ranks] == [0] * world
+    return torch.load(path)
+
+
+@pytest.mark.parametrize(("way", "checkpointing"), [("ddp", False), ("fsdp2", True)])
+def test_two_processes_give_the_gradients_of_one(way: str, checkpointing: bool, tmp_path: Path) -> None:
+    """And a layer that owns its activation those of one that does not."""
+    one = gradients_of("one", tmp_path, checkpointing=False)
+    two = gradients_of(way, tmp_path, checkpointing=checkpointing)
     assert one.keys() == two.keys()
     for name, grad in one.items():
         assert torch.allclose(grad, two[name], rtol=1e-6, atol=1e-9), name

@@ -392,7 +392,7 @@ def test_compute(compute):
     with pytest.raises(ValueError, match="compute") as raised:
         ModelRecipe(compute=compute)
     assert str(raised.value) == (
-        f"compute={compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in int8 GEMMs) "
+        f"compute={compute!r}: allowed are simulated (grid values in bf16 or fp32 GEMMs), native (codes in int8 or fp8 GEMMs) "
         "and auto (native where it is fast)"
     )
 

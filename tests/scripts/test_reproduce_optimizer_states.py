@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import optimizer_states_runs as runs_module
 import pytest
 import reproduce_optimizer_states as study
+import study_command
+import study_runs as runs_module
+from optimizer_states_arms import ARMS, EXPERIMENT
 from optimizer_states_claims import (
     CLAIMS,
     FAILS,
@@ -27,9 +29,11 @@ from optimizer_states_claims import (
     mean_interval,
     sign_test,
 )
-from optimizer_states_page import BEGIN, END, check_alike, read_results, write_page
-from optimizer_states_runs import ARMS, BASELINE, Arm, Run, RunFailed, run_all, runs_of
+from optimizer_states_page import SCRIPT, read_results
+from study_page import END, begin, check_alike, write_page
+from study_runs import BASELINE, Arm, Run, RunFailed, run_all, runs_of
 
+BEGIN = begin(SCRIPT)
 ROOT = Path(__file__).parents[2]
 WINDOWS = 64
 
@@ -166,7 +170,7 @@ def test_every_arm_is_a_valid_run(arm: Arm, tmp_path: Path, capsys: pytest.Captu
     from qtrain import cli
     from qtrain.training.assembly import assemble
 
-    words = Run(arm, 2, tmp_path).command()[4:]
+    words = Run(arm, 2, tmp_path, EXPERIMENT).command()[4:]
     assert cli.main(["train", "--cfg", *words]) == 0
     config = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out), resolve=True)
     parts = assemble(config)
@@ -224,7 +228,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.mark.usefixtures("stubs")
 def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
-    runs, said = runs_of(TWO, (0, 1), tmp_path), []
+    runs, said = runs_of(TWO, (0, 1), tmp_path, EXPERIMENT), []
     assert [run.name for run in runs] == ["one/seed0", "two/seed0", "one/seed1", "two/seed1"]
     run_all(runs[:2], 2, say=said.append)
     run_all(runs, 2, say=said.append)
@@ -236,7 +240,7 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
 
 def test_arms_without_a_claim_run_last(tmp_path: Path) -> None:
     arms = (Arm("extra", "", claimed=False), Arm("needed", ""))
-    assert [run.name for run in runs_of(arms, (0, 1), tmp_path)] == [
+    assert [run.name for run in runs_of(arms, (0, 1), tmp_path, EXPERIMENT)] == [
         "needed/seed0",
         "needed/seed1",
         "extra/seed0",
@@ -247,7 +251,7 @@ def test_arms_without_a_claim_run_last(tmp_path: Path) -> None:
 def test_a_failed_run_is_named_and_the_others_are_ended(tmp_path: Path, stubs: dict[str, str]) -> None:
     stubs["one/seed0"] = "print('the disk is full')\nsys.exit(1)"
     stubs["two/seed0"] = "(folder / 'pid').write_text(str(__import__('os').getpid()))\ntime.sleep(600)"
-    first, second = runs_of(TWO, (0,), tmp_path)
+    first, second = runs_of(TWO, (0,), tmp_path, EXPERIMENT)
     with pytest.raises(RunFailed, match=r"(?s)the run one/seed0 ended with exit code 1.*the disk is full"):
         run_all([second, first], 2)
     path = second.folder / "pid"
@@ -262,14 +266,14 @@ def test_a_failed_run_is_named_and_the_others_are_ended(tmp_path: Path, stubs: d
 def test_a_run_that_ends_well_without_a_result_has_failed(tmp_path: Path, stubs: dict[str, str]) -> None:
     stubs["one/seed0"] = "pass"
     with pytest.raises(RunFailed, match="one/seed0 ended with exit code 0"):
-        run_all(runs_of(TWO, (0,), tmp_path)[:1], 1)
+        run_all(runs_of(TWO, (0,), tmp_path, EXPERIMENT)[:1], 1)
 
 
 def test_a_run_that_is_not_finite_is_a_result(tmp_path: Path, stubs: dict[str, str]) -> None:
     stubs["one/seed0"] = (
         "(folder / 'verdict.json').write_text(json.dumps({'outcome': 'non_finite'}))\nsys.exit(3)"
     )
-    runs = runs_of(TWO, (0,), tmp_path)
+    runs = runs_of(TWO, (0,), tmp_path, EXPERIMENT)
     run_all(runs, 1)
     assert runs[0].val_loss == math.inf
     assert runs[1].val_loss == 2.5
@@ -289,7 +293,7 @@ def test_an_interrupted_study_goes_on_with_real_runs(tmp_path: Path) -> None:
         "sample.max_new_tokens=2", "checkpoint_every_steps=4", "steps=40",
     ]  # fmt: skip
     arm = next(arm for arm in ARMS if arm.name == "m2_dynamic8")
-    cut, whole = Run(arm, 0, tmp_path / "cut"), Run(arm, 0, tmp_path / "whole")
+    cut, whole = Run(arm, 0, tmp_path / "cut", EXPERIMENT), Run(arm, 0, tmp_path / "whole", EXPERIMENT)
     program = (
         "import sys, reproduce_optimizer_states as s; s.ARMS = (s.ARMS[3],); sys.exit(s.main(sys.argv[1:]))"
     )
@@ -362,7 +366,7 @@ def page(tmp_path: Path) -> Path:
 def test_a_study_that_bears_everything_out_ends_with_0(
     tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "run_all", made_up(tmp_path / "out", AS_EXPECTED))
+    monkeypatch.setattr(study_command, "run_all", made_up(tmp_path / "out", AS_EXPECTED))
     assert study.main(["--out", str(tmp_path / "out"), "--page", str(page), "steps=200"]) == 0
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{BEGIN}\n")
@@ -384,7 +388,7 @@ def test_a_study_that_bears_everything_out_ends_with_0(
 def test_a_study_that_does_not_says_so_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "run_all", made_up(tmp_path, {**AS_EXPECTED, "m2_dynamic8": 0.1}))
+    monkeypatch.setattr(study_command, "run_all", made_up(tmp_path, {**AS_EXPECTED, "m2_dynamic8": 0.1}))
     assert study.main(["--out", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "does not hold: m2 in dynamic 8 bits" in text
@@ -397,13 +401,13 @@ def test_a_failed_run_ends_the_study_with_2(
     def fail(*_: object) -> None:
         raise RunFailed("the run one/seed0 ended with exit code 1")
 
-    monkeypatch.setattr(study, "run_all", fail)
+    monkeypatch.setattr(study_command, "run_all", fail)
     assert study.main(["--out", str(tmp_path)]) == 2
     assert "one/seed0" in capsys.readouterr().err
 
 
 def test_runs_on_other_windows_are_refused(tmp_path: Path) -> None:
-    runs = runs_of(TWO, (0,), tmp_path)
+    runs = runs_of(TWO, (0,), tmp_path, EXPERIMENT)
     made_up(tmp_path, {})(runs)
     check_alike(runs)
     summary = json.loads((runs[1].folder / "summary.json").read_text())
@@ -414,7 +418,7 @@ def test_runs_on_other_windows_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_not_finite_has_no_windows(tmp_path: Path) -> None:
-    runs = runs_of(TWO[:1], (0, 1), tmp_path)
+    runs = runs_of(TWO[:1], (0, 1), tmp_path, EXPERIMENT)
     made_up(tmp_path, {})(runs)
     (runs[1].folder / "verdict.json").write_text(json.dumps({"outcome": "non_finite"}))
     found = read_results(runs)["one"]
@@ -427,7 +431,7 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text("nothing")
     with pytest.raises(ValueError, match="the results go between"):
-        write_page(path, "text")
+        write_page(path, SCRIPT, "text")
     assert path.read_text() == "nothing"
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from qtrain.analysis.blame import MAX_LOGIT
+from qtrain.analysis.limits import MAX_LOGIT
 from qtrain.analysis.tensor_statistics import z_loss
 from qtrain.nn.census import named_layers
 from qtrain.nn.quantizers import notes_put_back

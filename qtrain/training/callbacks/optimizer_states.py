@@ -56,9 +56,6 @@ class OptimizerStates(Instrument):
                 continue
             if isinstance(optimizer, AdamW):
                 layouts = optimizer.state_layouts(p)
-                began = all(layout.spec is None for layout in layouts) or bool(before[name])
-                if not began:  # the first step: nothing was stored before it
-                    continue
                 gradient, beta2 = local_gradient(name, p), group["betas"][1]
                 counted[name], least[name] = state_counts(layouts, before[name], held, gradient, beta2)
             elif "exp_avg_sq" in held:

@@ -13,14 +13,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from qtrain.analysis.layer_statistics import Statistics, grid_counts, layer_statistics, quantized_layers
+from qtrain.analysis.limits import NOISE_FLOOR
 from qtrain.nn.census import probed_step
 from qtrain.nn.oracle import OracleOperand
 
 from ..module import QuantizedTransformer
 from .instrument import BatchSlice, Instrument, check_sequences, worst
-
-# Below it the rounding of a gradient outweighs the gradient ("FP4 All the Way", arXiv 2505.19115, section 5)
-NOISE_FLOOR = 1.0
 
 
 class QuantStats(Instrument):

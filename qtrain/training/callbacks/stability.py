@@ -1,6 +1,6 @@
 """Stability of the loss and of the gradient norm, from every step; alerts as soon as a threshold is crossed.
 
-The scores, windows and thresholds are those of ``qtrain.analysis.spikes``. Their windows are part of a checkpoint, so that
+The scores are those of ``qtrain.analysis.spikes``, the thresholds those of ``qtrain.analysis.limits``. Their windows are part of a checkpoint, so that
 a resumed run finds what the uninterrupted one would have found.
 """
 
@@ -12,10 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from qtrain.analysis.limits import CLIP_LEAST_STEPS, CLIP_SHARE, DIVERGED_NATS, JOINT_SCORE, SPIKE_SCORE
 from qtrain.analysis.spikes import (
-    ALERT,
-    DIVERGED_NATS,
-    JOINT_ALERT,
     ROLLING,
     Divergence,
     RobustScore,
@@ -27,11 +25,6 @@ from qtrain.analysis.spikes import (
 from ..module import QuantizedTransformer, StepReading
 from ..verdict import RunStopped
 from .instrument import Instrument
-
-# METHODS: a gradient that is clipped more often is led by the clip
-CLIP_SHARE = 0.05
-# A share of fewer steps is no share: the first steps of a warm-up are often clipped
-CLIP_LEAST = 100
 
 
 class Stability(Instrument):
@@ -72,19 +65,19 @@ class Stability(Instrument):
             scores[name], self._largest[name] = score, max(score, self._largest[name])
             self._spikes[name].of(value)
             self.alert_where(
-                score > ALERT, trainer, module, step, f"stability/{name}_spike", value=score, limit=ALERT,
+                score > SPIKE_SCORE, trainer, module, step, f"stability/{name}_spike", value=score, limit=SPIKE_SCORE,
                 message=f"the {name.replace('_', ' ')} is {value:.4g}, a robust score of {score:.1f}",
             )  # fmt: skip
         both = min(scores.values())
-        self._joint += both > JOINT_ALERT
+        self._joint += both > JOINT_SCORE
         self.alert_where(
-            both > JOINT_ALERT, trainer, module, step, "stability/joint_spike", value=both, limit=JOINT_ALERT,
+            both > JOINT_SCORE, trainer, module, step, "stability/joint_spike", value=both, limit=JOINT_SCORE,
             message="loss and gradient norm spike together",
         )  # fmt: skip
         self._clipped.append(reading.clipped)
         share = self._clip_share()
         self.alert_where(
-            share > CLIP_SHARE and len(self._clipped) >= CLIP_LEAST, trainer, module, step, "stability/clip_share",
+            share > CLIP_SHARE and len(self._clipped) >= CLIP_LEAST_STEPS, trainer, module, step, "stability/clip_share",
             value=share, limit=CLIP_SHARE,
             message=f"{share:.1%} of the last {len(self._clipped)} steps were clipped",
         )  # fmt: skip

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from qtrain.analysis.curve_scores import spike_score
 from qtrain.analysis.instrument_records import INSTRUMENTS, read_instruments
-from qtrain.analysis.spikes import DIVERGED_STEPS, spike_share
-from qtrain.training.callbacks.stability import CLIP_LEAST, Stability
+from qtrain.analysis.limits import CLIP_LEAST_STEPS, DIVERGED_STEPS
+from qtrain.training.callbacks.stability import Stability
 from qtrain.training.module import QuantizedTransformer, StepReading
 from qtrain.training.verdict import RunStopped, Verdict
 
@@ -74,7 +75,7 @@ def test_spikes_alone_and_together(tmp_path):
     ]  # fmt: skip
     last = run.found.samples[400]
     assert last["stability/joint_spikes"] == 1
-    assert last["stability/loss_spike_share"] == pytest.approx(spike_share(losses), rel=1e-4)
+    assert last["stability/loss_spike_share"] == pytest.approx(spike_score(losses), rel=1e-4)
     # The largest since the last sample, not of all
     scores = dict(run.found.curve("stability/loss_robust_score"))
     assert scores[200] > 8 > scores[300]
@@ -85,7 +86,7 @@ def test_a_clip_that_trains(tmp_path):
     run = Run(tmp_path, Stability(100))
     clipped = [i % 15 == 0 for i in range(300)]  # 1 of 15
     run.take(noisy(300), clipped=clipped)
-    assert run.alerts == [("clip_share", CLIP_LEAST)]
+    assert run.alerts == [("clip_share", CLIP_LEAST_STEPS)]
     assert run.found.samples[300]["stability/clip_share"] == pytest.approx(1 / 15, rel=1e-4)
     seldom = Run(tmp_path / "seldom", Stability(100))
     seldom.folder.mkdir()

@@ -1,7 +1,7 @@
-"""The runs of the study of optimizer states: which arms there are, and how they are run, one process each.
+"""The runs of a study: arms times seeds of one experiment, each a process of ``qtrain train``.
 
-A run is ``qtrain train experiment=optimizer_states name=ARM run=seedS resume=auto ...``. One that was killed goes on from
-its checkpoint and one that completed is passed over, so that the study's own command is repeated after whatever happened.
+A run is ``qtrain train experiment=EXPERIMENT name=ARM run=seedS resume=auto ...``. One that was killed goes on from its
+checkpoint and one that completed is passed over, so that a study's own command is repeated after whatever happened.
 """
 
 from __future__ import annotations
@@ -19,60 +19,29 @@ from pathlib import Path
 from qtrain.training.run_folder import SUMMARY, VERDICT
 
 BASELINE, PLACEBO = "baseline", "placebo"
-EXPERIMENT = "optimizer_states"
 CPU_TIME = "study_cpu_seconds"  # a file in a run's folder: a number a line, one for each attempt
 
 
 @dataclass(frozen=True)
 class Arm:
-    """name: of the runs' folder. label: for the table. overrides: what it changes in the baseline. claimed: whether a claim
-    needs it; the others run last."""
+    """name: of the runs' folder. label: for the table. overrides: what it changes in the baseline. claimed: whether the
+    study says beforehand what will come of it; the others run last. expected: the verdicts that were foreseen."""
 
     name: str
     label: str
     overrides: tuple[str, ...] = ()
     claimed: bool = True
-
-
-# Quantized in the forward, and the same operands again in the backward; gradients stay float32.
-_W8A8 = ("recipe=all_gemms", "w=int8_row", "a=int8_row", "g=none")
-
-
-def _activations(spec: str) -> tuple[str, ...]:
-    return ("recipe=all_gemms", "w=none", f"a={spec}", "g=none", "recipe.linear.dgrad.weight=none")
-
-
-ARMS = (
-    Arm(BASELINE, "float32 everywhere"),
-    Arm("m2_int8_tensor", "m2 int8 linear, one scale a tensor", ("m2=int8_tensor",)),
-    Arm("m2_int8_row", "m2 int8 linear, a scale a row", ("m2=int8_row",)),
-    Arm("m2_dynamic8", "m2 dynamic 8-bit, blocks of 128", ("m2=dynamic8_group128",)),
-    Arm("m2_uint4", "m2 4-bit linear with zero, blocks of 128", ("m2=uint4_group128",)),
-    Arm("m2_linear4_nozero", "m2 4-bit linear without zero, blocks of 128", ("m2=linear4_nozero_group128",)),
-    Arm("a4_tensor", "activations int4, one scale a tensor", _activations("int4_tensor")),
-    Arm("a4_token", "activations int4, a scale a token", _activations("int4_row")),
-    Arm("w8a8", "weights and activations int8, a scale a row", _W8A8),
-    # The same sums in another order: what a difference means that has no cause at all
-    Arm(PLACEBO, "placebo: float32, two micro-batches a step", ("micro_batch_sequences=8",)),
-    # Without the head and attention, which have fewer than 40,000 elements a matrix
-    Arm(
-        "m2_int8_tensor_mlp",
-        "m2 int8 linear, one scale a tensor, MLPs alone",
-        ("m2=int8_tensor", "optimizer.states.min_numel=40000"),
-        claimed=False,
-    ),
-    Arm("m1_int4_row", "m1 int4, a scale a row", ("m1=int4_row",), claimed=False),
-    Arm("m1_int4_tensor", "m1 int4, one scale a tensor", ("m1=int4_tensor",), claimed=False),
-)
+    expected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed; ``folder`` is where it lies."""
+    """One arm of an experiment of configs/experiment with one seed; ``folder`` is where it lies."""
 
     arm: Arm
     seed: int
     out: Path
+    experiment: str
 
     @property
     def name(self) -> str:
@@ -91,7 +60,7 @@ class Run:
             f"out={self.out}",
             "resume=auto",
         )
-        train = [sys.executable, "-m", "qtrain.cli", "train", f"experiment={EXPERIMENT}"]
+        train = [sys.executable, "-m", "qtrain.cli", "train", f"experiment={self.experiment}"]
         return [*train, *settings, *self.arm.overrides, *own]
 
     @property
@@ -117,10 +86,10 @@ class Run:
         return sum(map(float, path.read_text(encoding="utf-8").split())) if path.is_file() else 0.0
 
 
-def runs_of(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Run]:
-    """In the order in which they run: what the claims need, seed after seed, then the rest."""
+def runs_of(arms: Sequence[Arm], seeds: Sequence[int], out: Path, experiment: str) -> list[Run]:
+    """In the order in which they run: arms that are claimed, seed after seed, then the rest."""
     return [
-        Run(arm, seed, out)
+        Run(arm, seed, out, experiment)
         for claimed in (True, False)
         for seed in seeds
         for arm in arms
