@@ -16,6 +16,7 @@ from qtrain_kernels.op import Workload
 Inputs = tuple[Any, ...]
 HYPER = {"beta1": 0.9, "beta2": 0.95, "lr": 3e-3, "eps": 1e-8, "weight_decay": 0.1}
 WHOLE_ROW = 1 << 30
+STEP = 3  # the inverse of its root, rounded from float64, is not that of the float32 root
 
 # -- formats: name -> what codes mean, as qtrain.quant would hand it over ------------------------------------------
 
@@ -98,7 +99,7 @@ def problem(
     block: int = 256,
     weights: torch.dtype = torch.float32,
     gradients: torch.dtype = torch.float32,
-    step: int = 7,
+    step: int = STEP,
     change: Callable[[list[Tensor]], None] | None = None,
     device: str = "cpu",
     **hyper: float,
@@ -139,6 +140,12 @@ def _edges(gradients: list[Tensor]) -> None:
     gradients[4].view(-1)[0] = 1e10  # one outlier takes the range of its block
 
 
+def _ties(gradients: list[Tensor]) -> None:
+    """With beta1 = 0 the first moment is the gradient; here it lies on the midpoints, and its scale is 1."""
+    levels = _codebook("cubic8")
+    gradients[0][:] = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.ones(1)])
+
+
 def cases() -> dict[str, Callable[[], Inputs]]:
     bf16 = torch.bfloat16
     eight, four, fp8 = ("cubic8", "cubic8_unsigned"), ("cubic4", "linear4_nozero"), ("e4m3", "e4m3")
@@ -152,6 +159,7 @@ def cases() -> dict[str, Callable[[], Inputs]]:
         "8 bit, edges": lambda: problem(ODD, *eight, change=_edges),
         "8 bit, no decay, beta1 0": lambda: problem(ODD, *eight, weight_decay=0.0, beta1=0.0),
         "8 bit, beta1 .3, beta2 0, eps 0": lambda: problem(ODD, *eight, beta1=0.3, beta2=0.0, eps=0.0),
+        "8 bit, ties": lambda: problem(ODD[:1], *eight, change=_ties, beta1=0.0),
         "8 bit, rows": lambda: problem(ODD, *eight, block=WHOLE_ROW),
         "4 bit": lambda: problem(ODD, *four, block=128),
         "4 bit, aligned, bf16": lambda: problem(ALIGNED, *four, block=128, weights=bf16, gradients=bf16),

@@ -7,8 +7,10 @@
     exp_avg = encode(m), exp_avg_sq = encode(v)                    scale = max(amax / top, 2^-100), code of m * (1 / scale)
 
 Float32 throughout, each operation rounded once; a bfloat16 weight is rounded to nearest. This is the arithmetic of torch's CUDA
-kernels (lerp, addcmul, addcdiv, division by a number as a product), in their order, so that switching from an eager
-AdamW changes no bit there. Torch's CPU kernels round addcmul and addcdiv otherwise, one unit in the last place apart.
+kernels (lerp, addcmul and addcdiv fused; division by a number as the product with its float64 inverse rounded to float32),
+in their order, so that switching from an eager AdamW changes no bit there (torch 2.11: native/Lerp.h,
+native/cuda/DeviceAddCmulCdiv.cuh, native/cuda/BinaryDivTrueKernel.cu). Torch's CPU kernels divide, and round addcmul and
+addcdiv otherwise, one unit in the last place apart.
 
 A moment is float32, of the weight's shape, or codes of 8 or 4 bits (uint8 [F, K], or [F, ceil(K / 2)] with the even column in
 the low half) with float32 scales [F, nc], one a block of ``block`` columns of a row; the last block of a row may be short. F rows,
@@ -139,11 +141,6 @@ def _encode(x: Tensor, moment: Moment, block: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def inverse(root: float) -> float:
-    """1 / root in float32, rounded once from the float32 that ``root`` is."""
-    return torch.tensor(root, dtype=torch.float32).reciprocal().item()
-
-
 def reference(
     weights: list[Tensor],
     gradients: list[Tensor],
@@ -193,7 +190,7 @@ def reference(
         m = fma(weight, g - m, m) if weight.abs() < 0.5 else fma(weight - 1, g - m, g)
         v = fma(one_minus_beta2, g * g, v * beta2)
         # torch's float32 root on CPUs is not always the nearest; rounded from float64 it is
-        denominator = v.double().sqrt().float() * inverse(root) + eps
+        denominator = v.double().sqrt().float() * (1 / root) + eps
         # A tensor of minus step_size, since the product with it is rounded inside fma
         w.copy_(fma(wide.new_tensor(-step_size), m / denominator, wide * decay).reshape(w.shape))
         for x, values in zip(moments, (m, v), strict=True):

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain_kernels import adamw_step as declaration
-from qtrain_kernels.adamw_step import WIDEST_BLOCK, Moment, check, inverse, rows_columns
+from qtrain_kernels.adamw_step import WIDEST_BLOCK, Moment, check, rows_columns
 from qtrain_kernels.aot import Build
 
 MIN_SCALE = tl.constexpr(declaration.MIN_SCALE)
@@ -293,7 +293,7 @@ def launch(
     for tensors, programs, options in plan:
         _adamw_step_kernel[(programs.shape[0],)](
             tensors, programs, exp_avg_levels, exp_avg_encoder, exp_avg_sq_levels, exp_avg_sq_encoder,
-            exp_avg_top, exp_avg_sq_top, decay, 1 - beta1, beta2, 1 - beta2, step_size, inverse(root), eps,
+            exp_avg_top, exp_avg_sq_top, decay, 1 - beta1, beta2, 1 - beta2, step_size, 1 / root, eps,
             WEIGHT=TYPES[weights[0].dtype], GRADIENT=TYPES[gradients[0].dtype], M_BITS=m.bits, V_BITS=v.bits,
             FIELDS=FIELDS, **options, **OPTIONS,
         )  # fmt: skip

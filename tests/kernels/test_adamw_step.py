@@ -89,7 +89,7 @@ def oracle(
             near = F32(1 - beta1)
             first = _fma(near, g - first, first) if near < 0.5 else _fma(near - F32(1), g - first, g)
             second = _fma(F32(1 - beta2), g * g, second * F32(beta2))
-            below = np.sqrt(second) * (F32(1) / F32(root)) + F32(eps)
+            below = np.sqrt(second) * F32(1 / root) + F32(eps)
             w = _fma(F32(-step_size), first / below, w * F32(decay))
             written[0].append(torch.from_numpy(w).reshape(weight.shape).to(weight.dtype))
             for at, blocks, values in ((1, held[0], first), (3, held[1], second)):
