@@ -48,8 +48,8 @@ from qtrain_kernels.rounding_triton import (
 
 # A copy has no scale at all, one a row (column), or one for the tensor.
 NONE, EACH, TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# A row of a tile of the first kernel is one warp's, 16 bytes a lane; a program's chunk is 256 rows.
-MAXIMA_TILE = {"BLOCK_R": 16, "BLOCK_C": 256, "STEPS": 16, "num_warps": 4}
+# A row of a tile of the first kernel is half a warp's, 16 bytes a lane; a program's chunk is 256 rows.
+MAXIMA_TILE = {"BLOCK_R": 32, "BLOCK_C": 128, "STEPS": 8, "num_warps": 4}
 SCALES_TILE = {"BLOCK": 64, "SPLIT": 16, "num_warps": 4}
 SCALES_BLOCK = 256
 CODES_TILE = {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4}
