@@ -48,10 +48,13 @@ def builds() -> list[Build]:
     from qtrain_kernels.scaled_mm_specialised_triton import build_specialised
 
     whole = HOPPER["int8", torch.bfloat16][0].config
+    small = HOPPER["int8", torch.float32][1].config
     specialised = [
         build_specialised(whole, torch.int8, "bf16"),
         build_specialised(whole, torch.int8, "fp32"),
         build_specialised(replace(whole, SPLIT=3), torch.int8, "i32"),
+        build_specialised(small, torch.int8, "fp32"),
+        build_specialised(replace(small, SPLIT=3), torch.int8, "i32"),
     ]
     return [*scaled_mm_triton.builds("int8"), *specialised, k_major_build()]
 

@@ -46,7 +46,7 @@ def rule(kind: str, M: int, N: int, K: int, out: torch.dtype) -> Config:
         (15872, 4096, 4096, BF16, "specialised"),
         (12288, 4096, 15872, FP32, "specialised"),
         (4096, 4096, 15872, FP32, "specialised"),
-        (15872, 4096, 12288, BF16, "pointer"),  # of the specialised tiles, 1984, the last 4 take a wave
+        (15872, 4096, 12288, BF16, "specialised"),
         (16384, 2304, 768, BF16, "pointer"),
         (16384, 768, 3072, BF16, "pointer"),
     ],
