@@ -73,7 +73,7 @@ warm_up() { # $1 seconds. A process a contender: what is compiled stays in the c
         command_of "$what"
         case "$what" in
             linear)
-                for arm in bf16_compiled native_int8,native_int8_requantized,native_fp8 simulated torchao_int8 \
+                for arm in bf16_compiled native_int8,native_int8_requantized,native_fp8,native_fp8_tensorwise simulated torchao_int8 \
                     torchao_fp8_rowwise torchao_fp8_tensorwise; do
                     quietly "$1" "${run[@]}" "arms=[$arm]" rounds=5 output="$scratch/linear_$arm.json" &
                 done

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_page(options.page, SCRIPT, text)
         shutil.copyfile(compared / "comparison.png", options.page.with_suffix(".png"))
     found = surprises(comparison)
-    print(f"{len(found)} surprises; {options.out / 'results.md'}")
+    print(f"surprises: {len(found)}; {options.out / 'results.md'}")
     for line in found:
         print(line)
     return 1 if found else 0

@@ -25,9 +25,9 @@ from torch import Tensor
 from qtrain_kernels import adamw_step as declaration
 from qtrain_kernels.adamw_step import WIDEST_BLOCK, Moment, check, rows_columns
 from qtrain_kernels.aot import Build
+from qtrain_kernels.cast_triton import cast
 
 MIN_SCALE = tl.constexpr(declaration.MIN_SCALE)
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FIELDS = 10  # of one row of ``tensors``: six addresses, K, columns a block, blocks, blocks a row
 BLOCKS = 8  # the field that counts blocks
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -43,17 +43,6 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def _rounded(x, TYPE: tl.constexpr):
-    """float32 -> ``TYPE``, half to even. Triton's interpreter would cut bits off instead."""
-    if INTERPRETED and tl.bfloat16 == TYPE:
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, even, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(TYPE)
 
 
 @triton.jit
@@ -166,7 +155,7 @@ def _adamw_step_kernel(
         quotient = tl.math.div_rn(m, tl.math.sqrt_rn(v) * inverse_root + eps)
         w = tl.fma(tl.zeros_like(w) - step_size, quotient, w * decay)
 
-        tl.store(w_ptr + first + column, _rounded(w, WEIGHT), mask=mask)
+        tl.store(w_ptr + first + column, cast(w, WEIGHT), mask=mask)
         _store_moment(
             m, m_state, m_scale_ptr + block, m_encoder_ptr, m_top, first, first_byte, column, width, width_bytes,
             M_BITS, ALIGNED, BLOCK_C,

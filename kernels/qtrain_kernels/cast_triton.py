@@ -36,6 +36,15 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 -> ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        return (rounded(x, dtype).to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def exp2(x):
     """float32 -> 2^x."""
     if INTERPRETED:

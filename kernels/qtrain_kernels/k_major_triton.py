@@ -15,7 +15,7 @@ from torch import Tensor
 from qtrain_kernels.aot import Build
 
 ALIGNMENT = 16  # bytes, of tensor descriptors (CUDA driver API, cuTensorMapEncodeTiled: strides and address)
-COPY_BLOCK = 128
+BLOCK_R, BLOCK_C, WARPS = 256, 64, 8  # 3909 GB/s of a transposed operand on an H200; 128 x 128, 4 warps: 3584
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def k_major(x: Tensor) -> Tensor:
     R, C = x.shape
     pitch = triton.cdiv(C, ALIGNMENT) * ALIGNMENT
     y = torch.empty((R, pitch), dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(R, COPY_BLOCK) * triton.cdiv(C, COPY_BLOCK),)
+    grid = (triton.cdiv(R, BLOCK_R) * triton.cdiv(C, BLOCK_C),)
     _k_major_kernel[grid](
         x.view(torch.int8), y, R, C, x.stride(0), x.stride(1), pitch,
-        BLOCK_R=COPY_BLOCK, BLOCK_C=COPY_BLOCK, num_warps=4,
+        BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS,
     )  # fmt: skip
     return y.view(x.dtype)[:, :C]
 
@@ -52,12 +52,13 @@ def k_major(x: Tensor) -> Tensor:
 def k_major_build() -> Build:
     """Of an operand that lies transposed."""
     types = {"x_ptr": "*i8", "y_ptr": "*i8", **dict.fromkeys(("R", "C", "stride_xc", "stride_yr"), "i32")}
-    constants = {"stride_xr": 1, "BLOCK_R": COPY_BLOCK, "BLOCK_C": COPY_BLOCK}
+    constants = {"stride_xr": 1, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}
     return Build(
         "transposed copy",
         _k_major_kernel,
         types,
         constants,
         divisible_by_16=tuple(types),
+        options={"num_warps": WARPS},
         required_ptx={80: (), 90: ()},
     )

@@ -115,6 +115,7 @@ _SETTINGS = {
     "rows_alone": (_STOCHASTIC, _NONE, True),
     "columns_alone": (_NONE, _INT4, True),
     "tensor": (_TENSOR, _INT4_TENSOR, False),
+    "tensor_rows_alone": (_TENSOR, _NONE, False),
     "mixed": (_INT4, _TENSOR, True),
 }
 

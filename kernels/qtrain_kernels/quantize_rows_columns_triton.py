@@ -455,7 +455,7 @@ def quantize(
         scratch, tensor_amax, row_scale, column_scale, *counters, R, C, rows.qmax, columns.qmax, rows.stream, columns.stream,
         **sides, **codes, CHUNK_R=chunk_r, CHUNK_C=chunk_c, **SCALES_TILE, **OPTIONS,
     )  # fmt: skip
-    words = R % 4 == 0
+    words = bool(columns.kind) and R % 4 == 0
     BLOCK_R, BLOCK_C = codes_tile["BLOCK_R"], codes_tile["BLOCK_C"]
     _codes_kernel[(triton.cdiv(R, BLOCK_R) * triton.cdiv(C, BLOCK_C),)](
         x, row_fold, column_fold, scratch, row_codes, column_codes.view(torch.int32) if words else column_codes,

@@ -1,7 +1,7 @@
 """How a scaled GEMM is cut on a GPU: the configs to choose from, the rule that chooses, and what was measured.
 
 ``choose`` takes the config that was measured for the shape's bucket on this device with these versions, and where none was,
-``by_rule``, which knows tile rates and counts waves. Nothing is measured unless somebody asks: with QTRAIN_TUNE_GEMMS=1
+``by_rule``, which counts waves and knows what a tile takes. Nothing is measured unless somebody asks: with QTRAIN_TUNE_GEMMS=1
 each bucket is measured when it first appears, and kept in ``cache_file`` for the runs that follow, resumed ones too.
 
 int8 results are the same bits under every config (integer sums are exact). fp8 sums depend on their order, so that two
@@ -32,10 +32,8 @@ class Config:
 
     ``variant``: "tma" (tensor descriptors, sm_90 and sm_100), "specialised" (the same with one warp that loads and two
     warpgroups that multiply, sm_90), "pointer" (masked loads, every GPU), "library" (``torch._scaled_mm``, fp8 alone).
-    ``num_stages``: tiles of both operands in flight. ``GROUP_M``: rows of tiles that are walked together. ``persistent``:
-    one program a multiprocessor. ``SPLIT``: parts of the contraction, each with sums of its own, added at the end.
-    ``flatten``: loads of the next tile
-    begin before the epilogue. ``store_tma``: the output goes through a descriptor as well; ``subtile``: in two halves of columns.
+    ``num_stages``: tiles of both operands in flight. ``GROUP_M``: rows of tiles that are walked together. ``SPLIT``: parts
+    of the contraction, each with sums of its own, added at the end. ``subtile``: a "tma" tile leaves in two halves of columns.
     """
 
     variant: str
@@ -46,9 +44,6 @@ class Config:
     num_stages: int = 4
     GROUP_M: int = 8
     SPLIT: int = 1
-    persistent: bool = True
-    flatten: bool = True
-    store_tma: bool = False
     subtile: bool = False
 
     @property
@@ -63,65 +58,96 @@ PROMOTED = 128
 """fp8 products that are summed in the tensor core before float32 takes over (DeepSeek-V3, arXiv:2412.19437, section 3.3.2)."""
 DATA_CENTER = (9, 10)
 """Major compute capabilities (Hopper, Blackwell) with descriptors and the shared memory of the tiles, 227 KB a block; sm_120 has 99."""
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 6, 7, 8)
 MIN_SPLIT_K = 1024
 """Below, the sum over the parts costs more than the multiprocessors that it fills."""
 
 
-def _tma(m: int, n: int, warps: int, stages: int, rate: float) -> tuple[Config, float]:
-    # 128 x 256 sums of 4 bytes leave through shared memory in halves: all at once would not fit beside 3 stages
-    return Config("tma", m, n, 128, warps, stages, subtile=n > 128), rate
+@dataclass(frozen=True)
+class Tile:
+    """A config and what one tile of it takes a multiprocessor: microseconds for 128 products along K, and once."""
+
+    config: Config
+    step: float
+    once: float
 
 
-# Tiles and their rate, relative to the best of the kind. fp8 keeps two accumulators, so that 128 x 256 would spill.
-_SMALL = (_tma(64, 128, 4, 4, 0.6), _tma(64, 64, 4, 4, 0.4))
-_TILES: dict[str, tuple[tuple[Config, float], ...]] = {
-    "int8": (_tma(128, 256, 8, 3, 1.0), _tma(128, 128, 8, 4, 0.8), *_SMALL),
-    "fp8": (_tma(128, 128, 8, 4, 1.0), *_SMALL),
+# Of an H200, torch 2.11, triton 3.6: from the times of 15872x12288x4096, 15872x4096x12288, 15872x4096x4096 and, in float32,
+# of 12288x4096x15872 and 4096x4096x15872. With float32 outputs "pointer" loses a third: one block a multiprocessor instead of two
+HOPPER: dict[tuple[str, torch.dtype], tuple[Tile, ...]] = {
+    ("int8", torch.bfloat16): (
+        Tile(Config("specialised", 256, 128, 128, 4, 4), 0.765, 1.0),
+        Tile(Config("pointer", 128, 128, 128, 8, 3), 0.385, 1.3),
+    ),
+    ("int8", torch.float32): (Tile(Config("specialised", 256, 128, 128, 4, 4), 0.68, 0.5),),
+    ("fp8", torch.bfloat16): (Tile(Config("specialised", 128, 128, 128, 4, 6), 0.46, 0.5),),
+    ("fp8", torch.float32): (Tile(Config("specialised", 128, 128, 128, 4, 6), 0.44, 0.5),),
 }
-_POINTER_TILES = (
-    (Config("pointer", 128, 128, 64, 8, 3), 1.0),
-    (Config("pointer", 64, 64, 64, 4, 4), 0.5),
+LONG = 4096
+"""K from which the specialised int8 kernel, whose stores wait for its sums, may win with bfloat16 outputs over two blocks of
+"pointer", which hide each other's."""
+# Not measured: relative rates of tiles. Sums lie in tensor memory and leave through the registers of the epilogue: 256 columns
+# and parts would spill
+BLACKWELL = (
+    Tile(Config("tma", 128, 128, 128, 8, 4), 1.0, 0.0),
+    Tile(Config("tma", 64, 128, 128, 4, 4), 0.67, 0.0),
+    Tile(Config("tma", 64, 64, 128, 4, 4), 0.5, 0.0),
 )
-# Of sm_90, for measurements: the rule has no rates of them
-SPECIALISED: dict[str, tuple[Config, ...]] = {
-    "int8": (Config("specialised", 256, 128, 128, 4, 4), Config("specialised", 128, 128, 128, 4, 6)),
-    "fp8": (Config("specialised", 128, 128, 128, 4, 6),),
+ELSEWHERE = (
+    Tile(Config("pointer", 128, 128, 64, 8, 3), 1.0, 0.0),
+    Tile(Config("pointer", 64, 64, 64, 4, 4), 0.5, 0.0),
+)
+# Beside those of the rule, where a measurement is asked for. 128 x 256 spills some registers in its epilogue, and was 0 to 4 %
+# faster than 256 x 128
+MORE: dict[str, tuple[Config, ...]] = {
+    "int8": (Config("specialised", 128, 256, 128, 4, 4, 16), Config("specialised", 128, 128, 128, 4, 6)),
+    "fp8": (Config("pointer", 128, 128, 128, 8, 3), Config("tma", 256, 128, 128, 8, 3, subtile=True)),
 }
-_BYTE_COST = 1.3
-"""Multiply-adds that a multiprocessor does while the memory moves a byte: 2500 a clock against 1970 bytes (H100 SXM)."""
+BYTES_A_MICROSECOND, SECOND_KERNEL = 3.3e6, 3.0
+"""Of the parts of a split contraction: what the memory moves (two thirds of 4.8 TB/s), and the launch that adds them."""
 
 
-def candidates(kind: str, capability: tuple[int, int], K: int) -> list[tuple[Config, float]]:
-    """The configs that run, with their relative rates. ``kind``: "int8" or "fp8"."""
+def candidates(kind: str, capability: tuple[int, int], K: int, out_dtype: torch.dtype) -> list[Tile]:
+    """What the rule chooses from, all of which runs. ``kind``: "int8" or "fp8"."""
     if capability[0] not in DATA_CENTER:
-        return list(_POINTER_TILES)
+        return list(ELSEWHERE)
     if capability[0] == 10:
-        # The sums lie in tensor memory and leave through the registers of the epilogue: 256 columns and parts would spill
-        return [(config, rate) for config, rate in _TILES[kind] if config.BLOCK_N <= 128]
-    splits = [s for s in SPLITS if s == 1 or K // s >= MIN_SPLIT_K]
-    tiles = _TILES[kind]
-    return [(replace(config, SPLIT=s), rate) for config, rate in tiles for s in splits]
+        return list(BLACKWELL)
+    found = []
+    for tile in HOPPER[kind, out_dtype]:
+        specialised = tile.config.variant == "specialised"
+        splits = SPLITS if specialised and out_dtype == torch.float32 else (1,)
+        found += [
+            replace(tile, config=replace(tile.config, SPLIT=s))
+            for s in splits
+            if s == 1 or K // s >= MIN_SPLIT_K
+        ]
+    return found
 
 
-def measurable(kind: str, capability: tuple[int, int], K: int) -> list[Config]:
-    """All configs that run, the specialised ones included."""
-    specialised = SPECIALISED[kind] if capability == (9, 0) else ()
-    return [*specialised, *(config for config, _ in candidates(kind, capability, K))]
+def measurable(kind: str, capability: tuple[int, int], K: int, out_dtype: torch.dtype) -> list[Config]:
+    """All configs that run, those included that the rule does not know."""
+    more = MORE[kind] if capability == (9, 0) else ()
+    return [*more, *(tile.config for tile in candidates(kind, capability, K, out_dtype))]
 
 
-def by_rule(kind: str, M: int, N: int, K: int, capability: tuple[int, int], multiprocessors: int) -> Config:
-    """The cheapest candidate: waves of tiles times the work of a tile over its rate, and the traffic of the parts."""
+def by_rule(
+    kind: str, M: int, N: int, K: int, out_dtype: torch.dtype, capability: tuple[int, int], multiprocessors: int
+) -> Config:  # fmt: skip
+    """The cheapest candidate: waves of tiles times what a tile takes, and the traffic of the parts."""
 
-    def cost(candidate: tuple[Config, float]) -> float:
-        config, rate = candidate
+    def cost(tile: Tile) -> float:
+        config = tile.config
         tiles = math.ceil(M / config.BLOCK_M) * math.ceil(N / config.BLOCK_N)
         waves = math.ceil(tiles * config.SPLIT / multiprocessors)
-        work = waves * config.BLOCK_M * config.BLOCK_N * (K / config.SPLIT) / rate
-        parts = 2 * config.SPLIT * M * N * 4 if config.SPLIT > 1 else 0
-        return work + _BYTE_COST * parts
+        steps = math.ceil(math.ceil(K / PROMOTED) / config.SPLIT)
+        parts = 2 * config.SPLIT * M * N * 4 / BYTES_A_MICROSECOND + SECOND_KERNEL if config.SPLIT > 1 else 0
+        return waves * (steps * tile.step + tile.once) + parts
 
-    return min(candidates(kind, capability, K), key=cost)[0]
+    tiles = candidates(kind, capability, K, out_dtype)
+    if K < LONG and any(tile.config.variant == "pointer" for tile in tiles):
+        tiles = [tile for tile in tiles if tile.config.variant == "pointer"]
+    return min(tiles, key=cost).config
 
 
 def bucket(size: int) -> int:
@@ -196,30 +222,30 @@ Measure = Callable[[Sequence[Config]], Config]
 def choose(
     kind: str, M: int, N: int, K: int, out_dtype: torch.dtype, device: torch.device, measure: Measure, extra: Sequence[Config] = ()
 ) -> Config:  # fmt: skip
-    """The config of a problem. ``measure``: candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not
-    while a CUDA graph is captured; ``extra``: candidates beside those of ``measurable``."""
-    kind_of_key = kind + "".join(
-        f" or {config.name}" for config in extra
-    )  # what may win is part of the question
+    """The config of a problem: what was measured for its bucket, else the first of ``extra``, else ``by_rule``. ``measure``:
+    candidates -> the fastest, called where QTRAIN_TUNE_GEMMS=1 alone, and not while a CUDA graph is captured; ``extra``:
+    candidates beside those of ``measurable``, faster by what is known."""
+    # What may win is part of the question
+    kind_of_key = kind + "".join(f" or {config.name}" for config in extra)
     problem = (kind_of_key, M, N, K, out_dtype, device, os.environ.get("QTRAIN_CACHE"))
     if problem not in _CHOSEN:
         capability, multiprocessors = properties(device)
         name = key(kind_of_key, M, N, K, out_dtype, device)
         found = measured().get(name)
-        if (
-            found is None
-            and os.environ.get(TUNE_VARIABLE) == "1"
-            and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        ):
-            found = measure([*extra, *measurable(kind, capability, K)])
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if found is None and os.environ.get(TUNE_VARIABLE) == "1" and not capturing:
+            found = measure([*extra, *measurable(kind, capability, K, out_dtype)])
             remember(name, found)
-        _CHOSEN[problem] = found or by_rule(kind, M, N, K, capability, multiprocessors)
+        _CHOSEN[problem] = found or (
+            extra[0] if extra else by_rule(kind, M, N, K, out_dtype, capability, multiprocessors)
+        )
     return _CHOSEN[problem]
 
 
 def properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; on a CPU (the interpreter) as if a small Hopper."""
+    """Compute capability and multiprocessors; on a CPU as if a small Blackwell, since the
+    interpreter cannot run the specialised kernel."""
     if device.type != "cuda":
-        return (9, 0), 2
+        return (10, 0), 2
     found = torch.cuda.get_device_properties(device)
     return (found.major, found.minor), found.multi_processor_count

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qtrain_kernels.aot import Build
-from qtrain_kernels.scaled_mm_config import Config, properties
+from qtrain_kernels.scaled_mm_config import Config
 from qtrain_kernels.scaled_mm_triton import FORBIDDEN, OPTIONS, VECTORS, scaled, tile_of
 
 WARPGROUPS = gl.constexpr(2)
@@ -42,15 +41,17 @@ CODES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e
 @gluon.jit
 def _produce(
     a, b, a_ring, b_ring, ready, free, M, N, K, NUM_STAGES: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Fill each buffer of the ring as soon as both warpgroups have read it."""
     HALF: gl.constexpr = BLOCK_M // WARPGROUPS
     step = 0
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i, j = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        for k in range(0, K, BLOCK_K):
+    steps = gl.cdiv(gl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
+    for unit in range(gl.program_id(0), tiles * SPLIT, gl.num_programs(0)):
+        i, j = tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first = unit // tiles * steps
+        for k in range(first * BLOCK_K, (first + steps) * BLOCK_K, BLOCK_K):
             stage = step % NUM_STAGES
             # A new barrier is in phase 0, and to wait for phase 1 is to pass: the first round waits for nobody
             mbarrier.wait(free.index(stage), (step // NUM_STAGES & 1) ^ 1)
@@ -71,7 +72,7 @@ def _consume(
     y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, a_ring, b_ring, ready, free, M, N, K, HALF_INDEX: gl.constexpr,
     A_SCALE: gl.constexpr, B_SCALE: gl.constexpr, BIAS: gl.constexpr, ACC: gl.constexpr, PROMOTE: gl.constexpr,
     NUM_STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Multiply one half of the rows of each tile; PROMOTE: add every BLOCK_K products in float32."""
     HALF: gl.constexpr = BLOCK_M // WARPGROUPS
@@ -82,10 +83,11 @@ def _consume(
     )
     step = 0
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        i, j = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    steps = gl.cdiv(gl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
+    for unit in range(gl.program_id(0), tiles * SPLIT, gl.num_programs(0)):
+        i, j = tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = gl.zeros((HALF, BLOCK_N), dtype=ACC, layout=LAYOUT)
-        for k in range(0, K, BLOCK_K):
+        for k in range(steps):
             stage = step % NUM_STAGES
             mbarrier.wait(ready.index(stage), step // NUM_STAGES & 1)
             left = a_ring.index(WARPGROUPS * stage + HALF_INDEX)
@@ -106,8 +108,11 @@ def _consume(
             mbarrier.arrive(free.index((step + NUM_STAGES - 1) % NUM_STAGES))
         rows = i * BLOCK_M + HALF_INDEX * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
         columns = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-        y = scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
-        pointers = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
+        y = acc
+        if SPLIT == 1:
+            y = scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
+        part_ptr = y_ptr + (unit // tiles).to(gl.int64) * M * N
+        pointers = part_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
         mask = gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < N, 0)
         gl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -117,9 +122,10 @@ def _scaled_mm_specialised_kernel(
     a, b, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     A_SCALE: gl.constexpr, B_SCALE: gl.constexpr, BIAS: gl.constexpr, ACC: gl.constexpr, PROMOTE: gl.constexpr,
     NUM_STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    GROUP_M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """a, b: descriptors of [M, K] in blocks of half a tile, and of [N, K]."""
+    """a, b: descriptors of [M, K] in blocks of half a tile, and of [N, K]. With SPLIT, y_ptr takes the sums of each part,
+    [SPLIT, M, N] of ACC."""
     a_ring = gl.allocate_shared_memory(
         a.dtype, [WARPGROUPS * NUM_STAGES, BLOCK_M // WARPGROUPS, BLOCK_K], a.layout
     )
@@ -133,10 +139,10 @@ def _scaled_mm_specialised_kernel(
     gl.warp_specialize(
         [
             (_consume, (y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, a_ring, b_ring, ready, free, M, N, K, 0,
-                        A_SCALE, B_SCALE, BIAS, ACC, PROMOTE, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)),
+                        A_SCALE, B_SCALE, BIAS, ACC, PROMOTE, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT)),
             (_consume, (y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, a_ring, b_ring, ready, free, M, N, K, 1,
-                        A_SCALE, B_SCALE, BIAS, ACC, PROMOTE, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)),
-            (_produce, (a, b, a_ring, b_ring, ready, free, M, N, K, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)),
+                        A_SCALE, B_SCALE, BIAS, ACC, PROMOTE, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT)),
+            (_produce, (a, b, a_ring, b_ring, ready, free, M, N, K, NUM_STAGES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -147,27 +153,18 @@ def _layout(rows: int, config: Config, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, config.BLOCK_K], CODES[dtype])
 
 
-def launch_specialised(
-    a: Tensor,
-    b: Tensor,
-    y: Tensor,
-    pointers: list[Tensor],
-    config: Config,
-    modes: dict[str, Any],
-    promote: bool,
-) -> None:
-    """Write y; ``a`` and ``b`` K-major with rows of a multiple of 16 bytes, ``modes``: which factors there are."""
-    (M, K), N = a.shape, b.shape[0]
+def specialised_launch(
+    a: Tensor, b: Tensor, config: Config, promote: bool
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Kernel, descriptors and constants of a launch; ``a`` and ``b`` K-major with rows of a multiple of 16 bytes."""
     half = config.BLOCK_M // WARPGROUPS.value
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    _scaled_mm_specialised_kernel[(min(tiles, properties(a.device)[1]),)](
+    descriptors = [
         TensorDescriptor.from_tensor(a, [half, config.BLOCK_K], _layout(half, config, a.dtype)),
-        TensorDescriptor.from_tensor(b, [config.BLOCK_N, config.BLOCK_K], _layout(config.BLOCK_N, config, b.dtype)),
-        y, *pointers, M, N, K,
-        ACC=gl.int32 if a.dtype == torch.int8 else gl.float32, PROMOTE=promote, NUM_STAGES=config.num_stages,
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, GROUP_M=config.GROUP_M,
-        num_warps=config.num_warps, **modes, **OPTIONS,
-    )  # fmt: skip
+        TensorDescriptor.from_tensor(
+            b, [config.BLOCK_N, config.BLOCK_K], _layout(config.BLOCK_N, config, b.dtype)
+        ),
+    ]
+    return _scaled_mm_specialised_kernel, descriptors, {"NUM_STAGES": config.num_stages, "PROMOTE": promote}
 
 
 def build_specialised(config: Config, dtype: torch.dtype, out: str) -> Build:
@@ -178,6 +175,7 @@ def build_specialised(config: Config, dtype: torch.dtype, out: str) -> Build:
         types[name] = f"tensordesc<{code}[{rows},{config.BLOCK_K}],{_layout(rows, config, dtype)!r}>"
     constants = {"A_SCALE": 2, "B_SCALE": 2, "BIAS": True, "ACC": gl.int32 if code == "i8" else gl.float32}
     constants |= {"PROMOTE": code != "i8", "NUM_STAGES": config.num_stages, "GROUP_M": config.GROUP_M}
+    constants |= {"SPLIT": config.SPLIT}
     constants |= {key: getattr(config, key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     return Build(
         f"{config.name}, {out}",

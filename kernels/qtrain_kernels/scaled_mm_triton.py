@@ -8,6 +8,8 @@ tiles, so that the tiles in flight share their operands in L2. Where the output 
 multiprocessors, the contraction is split: parts [SPLIT, M, N] are added in order by a second kernel, which never
 depends on who finishes first.
 
+A call whose arguments are like those of an earlier one in all that ``problem`` reads is launched as that one was.
+
 Operands are K-major with rows of a multiple of 16 bytes: Hopper's wgmma takes 8-bit operands K-major alone, and both
 descriptors and wide loads want aligned rows. ``k_major`` copies what is not so.
 
@@ -16,6 +18,7 @@ M, N free indices, K contraction.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,15 +29,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qtrain_kernels.aot import Build
+from qtrain_kernels.cast_triton import INTERPRETED, cast
 from qtrain_kernels.k_major_triton import ALIGNMENT, k_major
-from qtrain_kernels.scaled_mm_config import MIN_SPLIT_K, PROMOTED, Config, candidates, properties
+from qtrain_kernels.scaled_mm_config import BLACKWELL, ELSEWHERE, HOPPER, PROMOTED, Config, properties
 
 NONE, SCALAR, VECTOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 PART_ROWS, PART_COLUMNS = 16, 256
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 VARIANTS = (  # tiles that are small enough for the cases to have several
     Config("pointer", 64, 64, 128, 4, 3, GROUP_M=2),
-    Config("tma", 64, 64, 128, 4, 3, GROUP_M=2, persistent=False),
+    Config("tma", 64, 64, 128, 4, 3, GROUP_M=2),
     Config("tma", 64, 128, 128, 4, 3, SPLIT=3, subtile=True),
 )
 VECTORS = ("a_scale_ptr", "b_scale_ptr", "bias_ptr")
@@ -85,19 +88,8 @@ def scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N,
 
 
 @triton.jit
-def _rounded(y, dtype: tl.constexpr):
-    """float32 -> ``dtype``, half to even. The interpreter would cut bits off instead."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = y.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(y == y, even, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return y.to(dtype)
-
-
-@triton.jit
-def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-           A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, STORE_TMA: tl.constexpr,
+def _store(acc, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr,
            RAW: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Sums [HEIGHT, WIDTH] at row m, column n -> y, through the epilogue unless RAW."""
     rows, columns = m + tl.arange(0, HEIGHT), n + tl.arange(0, WIDTH)
@@ -105,28 +97,24 @@ def _store(acc, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
         out = acc
     else:
         out = scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, rows, columns, M, N, A_SCALE, B_SCALE, BIAS)
-    if STORE_TMA:
-        y.store([m, n], _rounded(out, y.dtype))
-    else:
-        pointers = y_ptr + tl.expand_dims(rows.to(tl.int64) * N, 1) + tl.expand_dims(columns, 0)
-        mask = (tl.expand_dims(rows, 1) < M) & (tl.expand_dims(columns, 0) < N)
-        tl.store(pointers, _rounded(out, y_ptr.dtype.element_ty), mask=mask)
+    pointers = y_ptr + tl.expand_dims(rows.to(tl.int64) * N, 1) + tl.expand_dims(columns, 0)
+    mask = (tl.expand_dims(rows, 1) < M) & (tl.expand_dims(columns, 0) < N)
+    tl.store(pointers, cast(out, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=["M", "K"]
 )  # the number of tokens is one or the other, and may change from step to step
 def _scaled_mm_tma_kernel(
-    a, b, y, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
+    a, b, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, M, N, K,
     A_SCALE: tl.constexpr, B_SCALE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, IMPRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
-    FLATTEN: tl.constexpr, STORE_TMA: tl.constexpr, SUBTILE: tl.constexpr,
+    SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """a, b, y: descriptors of [M, K], [N, K], [M, N]; y is read with STORE_TMA alone, y_ptr without. With SPLIT, y_ptr takes
-    the sums of each part, [SPLIT, M, N] of ACC."""
+    """a, b: descriptors of [M, K], [N, K]. With SPLIT, y_ptr takes the sums of each part, [SPLIT, M, N] of ACC."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)  # of one part; those past K read zeros
-    for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=FLATTEN):
+    for unit in tl.range(tl.program_id(0), tiles * SPLIT, tl.num_programs(0), flatten=True):
         i, j = tile_of(unit % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         m, n, start = i * BLOCK_M, j * BLOCK_N, unit // tiles * steps * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
@@ -138,13 +126,13 @@ def _scaled_mm_tma_kernel(
         if SUBTILE:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            _store(left, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
-            _store(right, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n + BLOCK_N // 2, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(left, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
+            _store(right, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n + BLOCK_N // 2, M, N,
+                   A_SCALE, B_SCALE, BIAS, SPLIT > 1, BLOCK_M, BLOCK_N // 2)  # fmt: skip
         else:
-            _store(acc, y, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-                   A_SCALE, B_SCALE, BIAS, STORE_TMA, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
+            _store(acc, part_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+                   A_SCALE, B_SCALE, BIAS, SPLIT > 1, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -163,8 +151,8 @@ def _add_parts_kernel(
     for _ in tl.static_range(SPLIT - 1):
         pointers += M.to(tl.int64) * N
         acc += tl.load(pointers, mask=mask, other=0.0)
-    _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
+    _store(acc, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE, B_SCALE, BIAS, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -193,83 +181,143 @@ def _scaled_mm_pointer_kernel(
         acc = _product(left, right, acc, IMPRECISE)
         a += BLOCK_K
         b += BLOCK_K
-    _store(acc, y_ptr, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
-           A_SCALE, B_SCALE, BIAS, False, False, BLOCK_M, BLOCK_N)  # fmt: skip
+    _store(acc, y_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, M, N,
+           A_SCALE, B_SCALE, BIAS, False, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 def _mode(vector: Tensor | None) -> int:
     return 0 if vector is None else 1 if vector.shape[0] == 1 else 2
 
 
-def scaled_mm(
+class _Kernel:
+    """A kernel on arguments of one specialisation: bound and compiled at the first call, launched alone from then on."""
+
+    def __init__(self, kernel: Any, programs: int, **constants: Any) -> None:
+        self.kernel, self.grid, self.constants = kernel, (programs, 1, 1), constants
+        self.values = [
+            constants[name] for name in kernel.arg_names if name in constants
+        ]  # they follow the arguments
+        self.compiled: Any = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.compiled is None:
+            self.compiled = self.kernel[self.grid](*arguments, **self.constants)  # the interpreter gives None
+        else:
+            self.compiled[self.grid](*arguments, *self.values)
+
+
+def _rebased(descriptor: Any) -> Callable[[Tensor], Any]:
+    """Other tensors of the same shape and strides -> their descriptors, without checking all of it again."""
+    kind, fields = type(descriptor), {k: v for k, v in vars(descriptor).items() if k != "base"}
+
+    def describe(base: Tensor) -> Any:
+        made = object.__new__(kind)
+        made.__dict__.update(fields, base=base)
+        return made
+
+    return describe
+
+
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+PREPARED: dict[tuple[Any, ...], Run] = {}
+MAX_PREPARED = 4096  # a bound for shapes that keep changing
+
+
+def problem(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """All that checks, the choice of a config and the specialisation of a kernel read of the arguments."""
+    return tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % ALIGNMENT)
+        for t in tensors
+    )
+
+
+def remember(key: tuple[Any, ...], run: Run) -> None:
+    """Keep ``run`` for the calls that have the same ``key``."""
+    if len(PREPARED) >= MAX_PREPARED:
+        PREPARED.clear()
+    PREPARED[key] = run
+
+
+def prepare(
     a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype,
     config: Config, acc: Any, imprecise: int | None = None,
-) -> Tensor:  # fmt: skip
-    """y [M, N] by ``config``. Arguments as those of the ops, not empty; ``acc``: Triton dtype of the sums; ``imprecise``: how
-    many products at most are summed in the tensor core's own accumulators."""
+) -> Run:  # fmt: skip
+    """The launch of ``config`` on arguments that are the same ``problem`` as these, which are not kept. ``acc``: Triton dtype
+    of the sums; ``imprecise``: how many products at most are summed in the tensor core's own accumulators."""
+    (M, K), N, device = a.shape, b.shape[0], a.device
     a, b = k_major(a), k_major(b)
-    (M, K), N = a.shape, b.shape[0]
-    y = torch.empty((M, N), dtype=out_dtype, device=a.device)
-    pointers = [y if v is None else v.contiguous() for v in (a_scale, b_scale, bias)]
     modes = {"A_SCALE": _mode(a_scale), "B_SCALE": _mode(b_scale), "BIAS": bias is not None}
-    shared = {"ACC": acc, "IMPRECISE": imprecise, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
-    shared |= {"BLOCK_K": config.BLOCK_K, "GROUP_M": config.GROUP_M, **modes, **OPTIONS}
-    shared |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    shared = {"ACC": acc, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
+    shared |= {"GROUP_M": config.GROUP_M, "num_warps": config.num_warps, **modes, **OPTIONS}
+    split = config.SPLIT
+    programs = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N) * split
+    sizes: tuple[int, ...] = (M, N, K)
+    operands: tuple[Callable[[Tensor], Any], ...] = (lambda x: x,) * 2
     if config.variant == "pointer":
-        _scaled_mm_pointer_kernel[(tiles,)](
-            a, b, y, *pointers, M, N, K, a.stride(0), b.stride(0), EVEN_K=K % config.BLOCK_K == 0, **shared
-        )
-    elif config.variant == "tma":
-        _launch_tma(a, b, y, pointers, tiles, config, shared, modes)
-    elif config.variant == "specialised":
-        from qtrain_kernels.scaled_mm_specialised_triton import launch_specialised
+        sizes += (a.stride(0), b.stride(0))
+        kernel: Any = _scaled_mm_pointer_kernel
+        shared |= {"EVEN_K": K % config.BLOCK_K == 0, "IMPRECISE": imprecise, "num_stages": config.num_stages}
+    elif config.variant in ("tma", "specialised"):
+        shared |= {"SPLIT": split}
+        if config.variant == "tma":
+            kernel, descriptors, constants = _tma_launch(a, b, config, imprecise)
+        else:
+            from qtrain_kernels.scaled_mm_specialised_triton import specialised_launch
 
-        launch_specialised(a, b, y, pointers, config, modes, imprecise is not None)
+            kernel, descriptors, constants = specialised_launch(a, b, config, imprecise is not None)
+        shared |= constants
+        operands = tuple(map(_rebased, descriptors))
+        programs = min(programs, properties(device)[1])
     else:
         raise ValueError(
             f"config {config.name}: the variants of these kernels are tma, specialised and pointer"
         )
-    return y
-
-
-def _launch_tma(
-    a: Tensor, b: Tensor, y: Tensor, pointers: list[Tensor], tiles: int, config: Config, shared: dict[str, Any],
-    modes: dict[str, Any],
-) -> None:  # fmt: skip
-    (M, K), N = a.shape, b.shape[0]
-    split = config.SPLIT > 1
+    product, add = _Kernel(kernel, programs, **shared), None
     sums = torch.int32 if a.dtype == torch.int8 else torch.float32
-    target = torch.empty((config.SPLIT, M, N), dtype=sums, device=a.device) if split else y
-    columns = config.BLOCK_N // (2 if config.subtile else 1)
-    store_tma = config.store_tma and N * y.element_size() % ALIGNMENT == 0 and not split
-    programs = tiles * config.SPLIT
-    if config.persistent:
-        programs = min(programs, properties(a.device)[1])
-    _scaled_mm_tma_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [config.BLOCK_M, config.BLOCK_K]),
-        TensorDescriptor.from_tensor(b, [config.BLOCK_N, config.BLOCK_K]),
-        TensorDescriptor.from_tensor(y, [config.BLOCK_M, columns]) if store_tma else y,
-        target, *pointers, M, N, K,
-        SPLIT=config.SPLIT, FLATTEN=config.persistent and config.flatten, STORE_TMA=store_tma, SUBTILE=config.subtile, **shared,
-    )  # fmt: skip
-    if split:
-        grid = (triton.cdiv(M, PART_ROWS) * triton.cdiv(N, PART_COLUMNS),)
-        _add_parts_kernel[grid](
-            target, y, *pointers, M, N, SPLIT=config.SPLIT, BLOCK_M=PART_ROWS, BLOCK_N=PART_COLUMNS, **modes, **OPTIONS
+    if split > 1:
+        blocks = triton.cdiv(M, PART_ROWS) * triton.cdiv(N, PART_COLUMNS)
+        add = _Kernel(
+            _add_parts_kernel, blocks, SPLIT=split, BLOCK_M=PART_ROWS, BLOCK_N=PART_COLUMNS, **modes, **OPTIONS
         )  # fmt: skip
+    left, right = operands
+
+    def run(
+        a: Tensor, b: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        y = torch.empty((M, N), dtype=out_dtype, device=device)
+        target = y if add is None else torch.empty((split, M, N), dtype=sums, device=device)
+        vectors = [y if v is None else v.contiguous() for v in (a_scale, b_scale, bias)]
+        product(left(k_major(a)), right(k_major(b)), target, *vectors, *sizes)
+        if add is not None:
+            add(target, y, *vectors, M, N)
+        return y
+
+    return run
 
 
-def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
-    """Time ``run`` under each config; those that the GPU has not the shared memory for drop out. Raises the last error
+def _tma_launch(
+    a: Tensor, b: Tensor, config: Config, imprecise: int | None
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Kernel, descriptors and constants of a launch."""
+    descriptors = [
+        TensorDescriptor.from_tensor(x, [rows, config.BLOCK_K])
+        for x, rows in ((a, config.BLOCK_M), (b, config.BLOCK_N))
+    ]
+    constants = {"SUBTILE": config.subtile, "IMPRECISE": imprecise, "num_stages": config.num_stages}
+    return _scaled_mm_tma_kernel, descriptors, constants
+
+
+def fastest(
+    prepared: Callable[[Config], Run], arguments: tuple[Any, ...], configs: Sequence[Config]
+) -> Config:
+    """Time each config on ``arguments``; those that the GPU has not the shared memory for drop out. Raises the last error
     where none runs."""
     times: dict[Config, float] = {}
     error: Exception | None = None
     for config in configs:
         try:
-            times[config] = triton.testing.do_bench(
-                lambda c=config: run(c), warmup=5, rep=25, return_mode="median"
-            )
+            run = functools.partial(prepared(config), *arguments)
+            times[config] = triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
         except triton.runtime.errors.OutOfResources as found:
             error = found
     if not times:
@@ -279,18 +327,17 @@ def fastest(configs: Sequence[Config], run: Callable[[Config], Any]) -> Config:
 
 
 def builds(kind: str) -> list[Build]:
-    """The configs of the rule ahead of time: every tile with bfloat16 outputs, the largest with float32 ones and split."""
+    """What the rules choose, ahead of time, but for the specialised kernel."""
     code, sums = {"int8": ("i8", "i32"), "fp8": ("fp8e4nv", "fp32")}[kind]
-    tma = [config for config, _ in candidates(kind, (9, 0), MIN_SPLIT_K)]
-    (split,) = (c for c, _ in candidates(kind, (9, 0), 2 * MIN_SPLIT_K)[:2] if c.SPLIT == 2)
-    pointer = [config for config, _ in candidates(kind, (8, 0), MIN_SPLIT_K)] if kind == "int8" else []
-    found = [_build(config, code, "bf16") for config in (*tma, *pointer)]
-    return [*found, _build(tma[0], code, "fp32"), _build(split, code, sums), _add_parts_build(sums)]
+    everywhere = [*BLACKWELL, *(ELSEWHERE if kind == "int8" else ())]
+    hopper = [tile for tile in HOPPER[kind, torch.bfloat16] if tile.config.variant == "pointer"]
+    found = [_build(tile.config, code, "bf16") for tile in (*everywhere, *hopper)]
+    return [*found, _build(BLACKWELL[0].config, code, "fp32"), _add_parts_build(sums)]
 
 
 def _build(config: Config, code: str, out: str) -> Build:
     pointer = config.variant == "pointer"
-    types = dict.fromkeys(("y_ptr", "y"), f"*{out}") | dict.fromkeys(VECTORS, "*fp32")
+    types = {"y_ptr": f"*{out}"} | dict.fromkeys(VECTORS, "*fp32")
     types |= dict.fromkeys(("M", "N", "K", "stride_am", "stride_bn"), "i32")
     types |= {
         "a_ptr": f"*{code}",
@@ -311,7 +358,7 @@ def _build(config: Config, code: str, out: str) -> Build:
         "BLOCK_K": config.BLOCK_K,
     }
     constants |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "EVEN_K": True, "SPLIT": config.SPLIT}
-    constants |= {"FLATTEN": config.flatten, "STORE_TMA": False, "SUBTILE": config.subtile}
+    constants |= {"SUBTILE": config.subtile}
     return Build(
         f"{config.name}, {out}",
         kernel,
@@ -321,7 +368,7 @@ def _build(config: Config, code: str, out: str) -> Build:
             "y_ptr",
             *VECTORS,
             "N",
-            *(("a_ptr", "b_ptr", "K", "stride_am", "stride_bn") if pointer else ("y",)),
+            *(("a_ptr", "b_ptr", "K", "stride_am", "stride_bn") if pointer else ()),
         ),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS},
         forbidden_ptx=FORBIDDEN,
@@ -332,6 +379,8 @@ def _build(config: Config, code: str, out: str) -> Build:
 
 def _instructions(code: str, config: Config, out: str) -> dict[int, tuple[str, ...]]:
     """The tensor core instructions of each architecture that runs the config; sm_100 by one build."""
+    if config.variant == "pointer" and config.BLOCK_K == 128:
+        return {90: (r"wgmma\.mma_async\S*\.s32\.s8\.s8", r"cp\.async")}
     if config.variant == "pointer":
         return {80: (r"mma\.sync\S*\.s32\.s8\.s8\.s32", r"cp\.async")}
     wgmma = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if code == "i8" else r"wgmma\.mma_async\S*\.f32\.e4m3\.e4m3"

@@ -5,6 +5,7 @@
     native_int8              W8A8G8 on int8 codes, the backward reuses the forward's codes; int8 saved
     native_int8_requantized  W and x quantized anew for the backward, each along its own contraction; int8 saved
     native_fp8               e4m3 with a scale a row of every operand, quantized anew for each GEMM; e4m3 saved
+    native_fp8_tensorwise    e4m3 with one scale a tensor, the backward reuses the forward's codes; e4m3 saved
     simulated                W8A8G8 by bf16 GEMMs on values of the int8 grid, compiled
     torchao_int8             Int8MixedPrecisionTrainingConfig(module_swap=True), compiled; without module_swap its
                              quantize_ leaves every GEMM in high precision
@@ -92,6 +93,7 @@ CONTENDERS = {
         _ours("native", "int8_row", reuse=False, saved="quantized"), False, 8
     ),
     "native_fp8": Contender(_ours("native", "e4m3_row", reuse=False, saved="quantized"), False, 8),
+    "native_fp8_tensorwise": Contender(_ours("native", "e4m3_tensor", reuse=True, saved="quantized"), False, 8),
     "simulated": Contender(_ours("simulated", "int8_row", reuse=True, saved="high_precision"), True, 16),
     "torchao_int8": Contender(_torchao_int8, compiled=True, bits=8),
     "torchao_fp8_rowwise": Contender(_torchao_fp8("rowwise"), compiled=True, bits=8),

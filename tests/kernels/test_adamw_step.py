@@ -10,7 +10,7 @@ from qtrain_kernels.adamw_step import adamw_step, fma, reference
 from torch import Tensor
 
 F32 = np.float32
-FEW = {"8 bit", "4 bit, aligned, bf16", "e4m3", "float32"}
+FEW = ("8 bit", "4 bit, aligned, bf16", "e4m3", "float32")
 
 
 def _numpy(x: Tensor) -> np.ndarray:

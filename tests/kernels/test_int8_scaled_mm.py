@@ -129,7 +129,9 @@ def test_every_config_gives_the_same_bits(index: int) -> None:
     from qtrain_kernels.scaled_mm_config import measurable, properties
 
     capability, _ = properties(torch.device("cuda"))
-    configs = [c for c in measurable("int8", capability, 2048) if c.SPLIT <= 2]
+    configs = list(
+        dict.fromkeys(c for d in declaration.OUT_DTYPES for c in measurable("int8", capability, 2048, d))
+    )
     if index >= len(configs):
         pytest.skip("there are no more configs for this architecture")
     generator = torch.Generator("cuda").manual_seed(0)

@@ -13,7 +13,7 @@ from qtrain_kernels.scaled_mm_config import LIBRARY, Config, bucket, by_rule, ca
 
 HOPPER, MULTIPROCESSORS = (9, 0), 132
 CPU = torch.device("cpu")
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -35,32 +35,52 @@ def tiles(config: Config, M: int, N: int) -> int:
     return math.ceil(M / config.BLOCK_M) * math.ceil(N / config.BLOCK_N) * config.SPLIT
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_large_product_takes_the_largest_tile_whole(kind) -> None:
-    largest = candidates(kind, HOPPER, 4096)[0][0]
-    assert by_rule(kind, 15872, 12288, 4096, HOPPER, MULTIPROCESSORS) == largest
-    assert largest.SPLIT == 1
+def rule(kind: str, M: int, N: int, K: int, out: torch.dtype) -> Config:
+    return by_rule(kind, M, N, K, out, HOPPER, MULTIPROCESSORS)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "out", "variant"),
+    [
+        (15872, 12288, 4096, BF16, "specialised"),
+        (15872, 4096, 4096, BF16, "specialised"),
+        (12288, 4096, 15872, FP32, "specialised"),
+        (4096, 4096, 15872, FP32, "specialised"),
+        (15872, 4096, 12288, BF16, "pointer"),  # of the specialised tiles, 1984, the last 4 take a wave
+        (16384, 2304, 768, BF16, "pointer"),
+        (16384, 768, 3072, BF16, "pointer"),
+    ],
+)
+def test_the_rule_takes_what_was_fastest_on_an_h200(M, N, K, out, variant) -> None:
+    config = rule("int8", M, N, K, out)
+    assert (config.variant, config.SPLIT) == (variant, 1)
+    assert rule("fp8", M, N, K, out).variant == "specialised"
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize(("M", "N", "K"), [(768, 768, 16384), (256, 256, 8192), (768, 3072, 16384)])
 def test_a_small_output_of_a_long_contraction_fills_the_gpu(kind, M, N, K) -> None:
-    config = by_rule(kind, M, N, K, HOPPER, MULTIPROCESSORS)
-    whole = tiles(candidates(kind, HOPPER, K)[0][0], M, N)
-    assert tiles(config, M, N) > whole or whole > MULTIPROCESSORS / 2
-    assert K / config.SPLIT >= configs.MIN_SPLIT_K or config.SPLIT == 1
+    config = rule(kind, M, N, K, FP32)
+    assert config.SPLIT > 1
+    assert tiles(config, M, N) > MULTIPROCESSORS / 2 or max(configs.SPLITS) == config.SPLIT
+    assert K / config.SPLIT >= configs.MIN_SPLIT_K
 
 
 def test_short_contractions_stay_whole() -> None:
     for M, N in ((64, 64), (300, 500), (15872, 4096)):
-        assert by_rule("int8", M, N, 768, HOPPER, MULTIPROCESSORS).SPLIT == 1
+        for out in (BF16, FP32):
+            assert rule("int8", M, N, 768, out).SPLIT == 1
 
 
 def test_the_variants_are_those_of_the_architecture() -> None:
+    def variants(capability):
+        return {tile.config.variant for tile in candidates("int8", capability, 8192, BF16)}
+
     for capability in ((8, 0), (8, 9), (12, 0)):
-        assert {c.variant for c, _ in candidates("int8", capability, 8192)} == {"pointer"}
-    assert {c.variant for c, _ in candidates("int8", HOPPER, 8192)} == {"tma"}
-    assert max(c.BLOCK_N for c, _ in candidates("int8", (10, 0), 8192)) == 128
+        assert variants(capability) == {"pointer"}
+    assert variants(HOPPER) == {"specialised", "pointer"}
+    assert variants((10, 0)) == {"tma"}
+    assert max(tile.config.BLOCK_N for tile in candidates("int8", (10, 0), 8192, BF16)) == 128
 
 
 def test_buckets() -> None:
@@ -90,7 +110,7 @@ def test_the_key_names_what_a_measurement_depends_on() -> None:
 def test_nothing_is_measured_unasked_and_what_was_measured_is_taken(cache, monkeypatch) -> None:
     measured = Config("tma", 64, 64, 128, 4, 4, SPLIT=2)
     problem = ("int8", 500, 600, 4096, BF16, CPU)
-    assert choose(*problem, never) == by_rule("int8", 500, 600, 4096, HOPPER, 2) != measured
+    assert choose(*problem, never) == by_rule("int8", 500, 600, 4096, BF16, (10, 0), 2) != measured
     monkeypatch.setenv(configs.TUNE_VARIABLE, "1")
     configs._CHOSEN.clear()
     asked = []
@@ -101,7 +121,7 @@ def test_nothing_is_measured_unasked_and_what_was_measured_is_taken(cache, monke
 
     assert choose(*problem, measure) == measured
     assert choose("int8", 510, 590, 4090, BF16, CPU, never) == measured, "the same bucket"
-    assert asked == [configs.measurable("int8", HOPPER, 4096)]
+    assert asked == [configs.measurable("int8", (10, 0), 4096, BF16)]
     monkeypatch.setattr(configs, "_MEASURED", {})  # as a new process finds it
     configs._CHOSEN.clear()
     monkeypatch.delenv(configs.TUNE_VARIABLE)
@@ -115,7 +135,11 @@ def test_the_library_is_chosen_only_where_it_may_run(monkeypatch) -> None:
     assert choose(*problem, lambda found: found[0], [LIBRARY]) == LIBRARY
     monkeypatch.delenv(configs.TUNE_VARIABLE)
     assert choose(*problem, never, [LIBRARY]) == LIBRARY
-    assert choose(*problem, never) == by_rule("fp8", 512, 768, 4096, HOPPER, 2) != LIBRARY
+    assert choose(*problem, never) == by_rule("fp8", 512, 768, 4096, BF16, (10, 0), 2) != LIBRARY
+
+
+def test_the_library_is_the_rule_where_it_may_run() -> None:
+    assert choose("fp8", 512, 768, 4096, BF16, CPU, never, [LIBRARY]) == LIBRARY
 
 
 def test_writers_add_to_the_file(cache) -> None:
@@ -146,5 +170,5 @@ def test_a_file_that_is_no_cache_is_named(text) -> None:
 
 
 def test_configs_survive_json() -> None:
-    for config, _ in candidates("int8", HOPPER, 8192):
+    for config in configs.measurable("int8", HOPPER, 8192, FP32):
         assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -110,7 +110,7 @@ def test_what_was_foreseen_ends_with_0(
     assert f"`bash scripts/reproduce_stability.sh`, commit {'c' * 40}" in text
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "comparison" / "comparison.html").is_file()
-    assert "0 surprises" in capsys.readouterr().out
+    assert "surprises: 0;" in capsys.readouterr().out
 
 
 def test_a_placebo_that_is_told_apart_and_other_surprises_end_with_1(
