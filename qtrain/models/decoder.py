@@ -33,11 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
+def _squared(x: Tensor) -> Tensor:
+    """In x's dtype: square() is a pow, which autocast computes in float32 on CUDA."""
+    return x * x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # Primer, So et al. 2021
+    "relu2": lambda x: _squared(F.relu(x)),  # Primer, So et al. 2021
     "silu": F.silu,
 }
 Norm = nn.RMSNorm | nn.LayerNorm

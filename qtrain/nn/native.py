@@ -12,7 +12,8 @@ roundings and the one at the end; fp8 by its sums too.
 
 With "fprop" the backward multiplies the forward's codes; their row scales are folded into g before it is quantized.
 Saved for the backward: codes of x (``saved="quantized"``; else x itself), one set for all layers that read it
-(``shared_codes``), and, where dgrad reuses them, of W; with a prologue what x is computed from, and nothing of x.
+(``shared_codes``); with a prologue what x is computed from, and nothing of x. Nothing of W, which is at hand: where dgrad
+reuses the forward's codes, they are made again, with the same random bits.
 
 T tokens, I in, O out.
 """
@@ -56,17 +57,20 @@ class NativeGemms:
         self.steps, self.draws, self.dtype, self.shared = steps, draws, dtype, shared
 
     def quantized(
-        self, x: Tensor, rows: str | None, columns: str | None, row_fold: Tensor | None = None, column_fold: Tensor | None = None
+        self, x: Tensor, rows: str | None, columns: str | None, row_fold: Tensor | None = None, column_fold: Tensor | None = None,
+        *, again: bool = False,
     ) -> tuple[Codes, Codes]:  # fmt: skip
-        """x as the operand ``rows`` [R, C] and, transposed, as the operand ``columns`` [C, R]."""
+        """x as the operand ``rows`` [R, C] and, transposed, as the operand ``columns`` [C, R]. again: in the backward,
+        what the forward quantized (``OperandSteps.nothing``)."""
         row, column = (None if name is None else self.steps.operands[name] for name in (rows, columns))
         one = row or column
         assert one is not None
         if row is not None and column is not None and row.kind != column.kind:
             alone = self.quantized(x, None, columns, None, column_fold)
             return self.quantized(x, rows, None, row_fold)[0], alone[1]
-        counters, row_side = self._side(rows, row, one, row_fold, x.device)
-        more, column_side = self._side(columns, column, one, column_fold, x.device)
+        nothing = one.nothing(again=again)
+        counters, row_side = self._side(rows, row, nothing, row_fold, x.device)
+        more, column_side = self._side(columns, column, nothing, column_fold, x.device)
         counters = counters or more or no_counters(x.device)
         quantize = quantize_rows_columns if one.kind == "int8" else quantize_fp8_rows_columns
         codes, scale, column_codes, column_scale = run(quantize, x, *row_side, *column_side, *counters)
@@ -77,11 +81,11 @@ class NativeGemms:
         return Codes(codes, scale), Codes(column_codes, column_scale)
 
     def _side(
-        self, name: str | None, operand: OperandSteps | None, one: OperandSteps, fold: Tensor | None, device: torch.device
+        self, name: str | None, operand: OperandSteps | None, nothing: tuple[Any, ...], fold: Tensor | None, device: torch.device
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Any, ...]]:  # fmt: skip
         """The counters, if it draws, and the op's arguments for one copy."""
         if name is None or operand is None:
-            return None, one.nothing
+            return None, nothing
         if not operand.stochastic:
             return None, (operand.grid, False, operand.per_tensor, 0, fold)
         seed, step, stream, offset = self.draws.words(name)
@@ -96,14 +100,12 @@ class NativeGemms:
         specs = tuple(None if name is None else self.steps.operands[name].spec for name in (rows, columns))
         return self.shared.of(x, specs, lambda: self.quantized(x, rows, columns))
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor, Codes | None, Kept]:
-        """x [T, I] -> y [T, O], the codes of W where they are quantized, and of x what the backward needs if ``keep``:
-        (x, None, None), or (None, codes, scale) of wgrad.input."""
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool) -> tuple[Tensor, Kept]:
+        """x [T, I] -> y [T, O], and of x what the backward needs if ``keep``: (x, None, None), or (None, codes, scale) of
+        wgrad.input, made in the same read of x as those of fprop."""
         steps = self.steps
         own = keep and steps.own_input
-        xq = columns = wq = None
+        xq = columns = None
         if steps.fprop or own:
             xq, columns = self.of_input(
                 x, "fprop.input" if steps.fprop else None, "wgrad.input" if own else None
@@ -115,23 +117,26 @@ class NativeGemms:
         else:
             y = self._high_precision(x, weight, self.dtype, bias)
         if not keep:
-            return y, wq, (None, None, None)
+            return y, (None, None, None)
         if steps.keeps_codes:
             kept = columns if own else xq
             assert kept is not None
-            return y, wq, (None, *kept)
-        return y, wq, (x.to(self.dtype) if steps.plain_wgrad else x, None, None)
+            return y, (None, *kept)
+        return y, (x.to(self.dtype) if steps.plain_wgrad else x, None, None)
 
     def _high_precision(self, a: Tensor, b: Tensor, out: torch.dtype, bias: Tensor | None = None) -> Tensor:
         return quantized_gemm(
             GemmOperand(a.to(self.dtype), None), GemmOperand(b.to(self.dtype), None), out, bias
         )
 
-    def dgrad_weight(self, weight: Tensor, reused: Codes | None) -> tuple[Codes, Tensor | None]:
+    def dgrad_weight(self, weight: Tensor) -> tuple[Codes, Tensor | None]:
         """W as [I, O], and what is to be multiplied into g [T, O] before it is quantized: [O] or None."""
-        if reused is None:
+        if not self.steps.reuses_weight:
             return self.quantized(weight, None, "dgrad.weight")[1], None
-        return _turned(reused)
+        if self.steps.operands["fprop.weight"].per_tensor:
+            # One scale: the codes along columns are those along rows, and lie as dgrad reads them
+            return self.quantized(weight, None, "fprop.weight")[1], None
+        return _turned(self.quantized(weight, "fprop.weight", None, again=True)[0])
 
     def wgrad_input(self, kept: Kept) -> tuple[Codes, Tensor | None]:
         """x as [I, T], and what is to be multiplied into g [T, O]: [T] or None."""
@@ -148,13 +153,13 @@ class NativeGemms:
         return _turned(entered) if reuse else (entered, None)
 
     def backward(
-        self, g: Tensor, weight: Tensor, reused: Codes | None, kept: Kept, needs: tuple[bool, bool]
+        self, g: Tensor, weight: Tensor, kept: Kept, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """g [T, O] -> dx [T, I], dW [O, I], each where it is needed."""
         dgrad, wgrad = needs[0] and self.steps.dgrad, needs[1] and self.steps.wgrad
         dx = dw = w_fold = x_fold = None
         if dgrad:
-            w, w_fold = self.dgrad_weight(weight, reused)
+            w, w_fold = self.dgrad_weight(weight)
         elif needs[0]:
             dx = self._high_precision(g, weight.t(), self.dtype)
         if wgrad:
@@ -230,10 +235,9 @@ class NativeLinear(torch.autograd.Function):
             x = h if prologue is None else prologue.value(h, up)
             gemms = NativeGemms(steps, Draws(counters, stream), dtype, shared if prologue is None else None)
             x2 = x.reshape(-1, x.shape[-1])
-            y, wq, kept = gemms.forward(x2, weight, bias, keep=trains and prologue is None)
-            reused = wq if steps.reuses_weight else None
+            y, kept = gemms.forward(x2, weight, bias, keep=trains and prologue is None)
             behind = (None, None) if prologue is None else (h, up)
-            ctx.save_for_backward(*behind, weight, counters, *(reused or (None, None)), *kept)
+            ctx.save_for_backward(*behind, weight, counters, *kept)
         ctx.steps, ctx.stream, ctx.dtype, ctx.prologue, ctx.shared = steps, stream, dtype, prologue, shared
         ctx.x_shape, ctx.x_dtype, ctx.has_bias = x.shape, x.dtype, bias is not None
         return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -241,18 +245,17 @@ class NativeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, up, weight, counters, w_codes, w_scale, *rest = ctx.saved_tensors
+        h, up, weight, counters, *rest = ctx.saved_tensors
         dup = db = None
         with _without_autocast(weight.device.type):
             shared = ctx.shared if ctx.prologue is None else None
             gemms = NativeGemms(ctx.steps, Draws(counters, ctx.stream), ctx.dtype, shared)
             g = grads[0].reshape(-1, weight.shape[0])
-            reused = None if w_codes is None else Codes(w_codes, w_scale)
             needs = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2])
             kept: Kept = (rest[0], rest[1], rest[2])
             if ctx.prologue is not None and needs[1]:
-                kept = (ctx.prologue.value(h, up).reshape(-1, weight.shape[1]), None, None)
-            dx, dw = gemms.backward(g, weight, reused, kept, needs)
+                kept = (ctx.prologue.again(h, up).reshape(-1, weight.shape[1]), None, None)
+            dx, dw = gemms.backward(g, weight, kept, needs)
             dx = None if dx is None else dx.to(ctx.x_dtype).reshape(ctx.x_shape)
             if ctx.prologue is not None and dx is not None:
                 dx, dup = ctx.prologue.gradients(dx, h, up)

@@ -123,10 +123,11 @@ class OperandSteps:
     per_tensor: bool
     spec: QuantSpec
 
-    @property
-    def nothing(self) -> tuple[int | str, bool, bool, int, None]:
-        """The op's arguments for the copy that isn't wanted."""
-        return (0 if self.kind == "int8" else "", False, False, 0, None)
+    def nothing(self, *, again: bool) -> tuple[int | str, bool, bool, int, None]:
+        """The op's arguments for the copy that isn't wanted. again: in the backward, what the forward quantized. The
+        stream, which draws nothing here, then tells the two calls apart: a compiler would merge them, and keep codes that
+        are made again in order not to be kept."""
+        return (0 if self.kind == "int8" else "", False, False, int(again), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,16 @@ _aten: Any = torch.ops.aten
 Value = Callable[[Tensor], Tensor]
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
+
+def _squared(y: Tensor) -> Tensor:
+    """In y's dtype: square() is a pow, which autocast computes in float32 on CUDA."""
+    return y * y
+
+
+def _twice(d: Tensor) -> Tensor:
+    return d + d
+
+
 FUNCTIONS: dict[str, tuple[Value, Gradient]] = {
     "gelu": (F.gelu, lambda d, h: _aten.gelu_backward(d, h)),
     "gelu_tanh": (
@@ -33,8 +43,8 @@ FUNCTIONS: dict[str, tuple[Value, Gradient]] = {
     ),
     "relu": (F.relu, lambda d, h: _aten.threshold_backward(d, h, 0)),
     "relu2": (
-        lambda h: F.relu(h).square(),
-        lambda d, h: _aten.threshold_backward(d * (2 * F.relu(h)), h, 0),
+        lambda h: _squared(F.relu(h)),
+        lambda d, h: _aten.threshold_backward(_twice(d * F.relu(h)), h, 0),
     ),
     "silu": (F.silu, lambda d, h: _aten.silu_backward(d, h)),
 }
@@ -50,6 +60,11 @@ class Prologue:
     def value(self, h: Tensor, up: Tensor | None) -> Tensor:
         y = FUNCTIONS[self.function][0](h)
         return y if up is None else y * up
+
+    def again(self, h: Tensor, up: Tensor | None) -> Tensor:
+        """``value`` in the backward. A compiler would merge it with the forward's and keep what it is quantized to; it
+        does not see through a view."""
+        return self.value(h.unsqueeze(0), None if up is None else up.unsqueeze(0)).squeeze(0)
 
     def gradients(self, dx: Tensor, h: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(dh, dup) of dx, all of one shape."""

@@ -187,9 +187,15 @@ def test_swapped_folds_fail(monkeypatch) -> None:
     right = carrier.NativeGemms.quantized
 
     def fake(
-        self: Any, x: Tensor, rows: Any, columns: Any, row_fold: Any = None, column_fold: Any = None
+        self: Any,
+        x: Tensor,
+        rows: Any,
+        columns: Any,
+        row_fold: Any = None,
+        column_fold: Any = None,
+        **more: Any,
     ) -> Any:
-        return right(self, x, rows, columns, None, column_fold)
+        return right(self, x, rows, columns, None, column_fold, **more)
 
     monkeypatch.setattr(carrier.NativeGemms, "quantized", fake)
     assert_fails(census_of("int8_reused", "bf16", compute="native"), name="dgrad.grad_output")

@@ -22,6 +22,7 @@ from qtrain.nn.compiled import compare_compiled
 from qtrain.nn.native_ops import kinds_of, missing_on
 from qtrain.nn.oracle import linear_oracle
 from qtrain.nn.probe import FP8_SUMS
+from qtrain.nn.saved_tensors import saved_bytes
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 pytestmark = pytest.mark.gpu
@@ -148,13 +149,13 @@ def test_checkpointing_recomputes_the_same_bits() -> None:
 
 
 def held_bytes(layer: torch.nn.Module, x: Tensor) -> int:
-    """What a forward leaves allocated for its backward, its output aside."""
-    with torch.autocast("cuda", torch.bfloat16):
-        layer(x)  # whatever is made once
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        y = layer(x)
-    return torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    """What a forward under autocast saves for its backward."""
+
+    def run() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return layer(x)
+
+    return saved_bytes(run, layer.parameters())
 
 
 def test_memory_held_for_the_backward_is_half_of_bf16s() -> None:
@@ -162,6 +163,7 @@ def test_memory_held_for_the_backward_is_half_of_bf16s() -> None:
     layer = on_gpu("reused_saved_stochastic", 1024, 2048)
     bf16 = torch.nn.Linear(1024, 2048, device="cuda")
     native, rival = held_bytes(layer, x), held_bytes(bf16, x)
+    assert rival >= 2 * x.numel()
     assert native <= 0.55 * rival, (native, rival)
 
 

@@ -9,9 +9,10 @@ import torch
 from census_models import assert_fails, loss_of
 from layer_recipes import LAYERS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qtrain.nn.prologue as room
-from qtrain.models.decoder import ACTIVATIONS
+from qtrain.models.decoder import ACTIVATIONS, Activation
 from qtrain.models.gpt import GPTConfig
 from qtrain.models.llama import LlamaConfig
 from qtrain.nn import apply_recipe, take_census
@@ -58,6 +59,23 @@ def test_value_and_gradients_are_autograds_to_the_bit(name: str, dtype: torch.dt
         dh, dup = prologue.gradients(dx, h, up if gated else None)
     assert torch.equal(dh, expected[0])
     assert dup is None if not gated else torch.equal(dup, expected[1])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_autocast_on_cuda_keeps_the_dtype_of_activations(name: str, gated: bool) -> None:
+    """By its own rules, on tensors without numbers. It computes a pow, such as square(), in float32: then a layer that
+    owns its activation, which runs without autocast, would round where one that does not would not."""
+    on = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            h = torch.empty(4, 6, device="cuda", dtype=torch.bfloat16)
+            assert h.square().dtype == torch.float32
+            up = h.clone() if gated else None
+            assert Activation(name)(h, up).dtype == Prologue(name).value(h, up).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", on)
 
 
 def gradients(model: nn.Module, dtype: str) -> list[torch.Tensor]:
