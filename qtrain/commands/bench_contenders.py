@@ -93,7 +93,9 @@ CONTENDERS = {
         _ours("native", "int8_row", reuse=False, saved="quantized"), False, 8
     ),
     "native_fp8": Contender(_ours("native", "e4m3_row", reuse=False, saved="quantized"), False, 8),
-    "native_fp8_tensorwise": Contender(_ours("native", "e4m3_tensor", reuse=True, saved="quantized"), False, 8),
+    "native_fp8_tensorwise": Contender(
+        _ours("native", "e4m3_tensor", reuse=True, saved="quantized"), False, 8
+    ),
     "simulated": Contender(_ours("simulated", "int8_row", reuse=True, saved="high_precision"), True, 16),
     "torchao_int8": Contender(_torchao_int8, compiled=True, bits=8),
     "torchao_fp8_rowwise": Contender(_torchao_fp8("rowwise"), compiled=True, bits=8),

@@ -178,9 +178,9 @@ class NativeGemms:
         if dgrad:
             dx = _multiplied(rows.codes, w.codes, rows.scale, _unless(w_fold, w.scale), None, self.dtype)
         if wgrad:
-            dw = _multiplied(
-                columns.codes, x.codes, columns.scale, _unless(x_fold, x.scale), None, torch.float32
-            )
+            # The one rounding, where the weight is stored in bfloat16
+            out = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+            dw = _multiplied(columns.codes, x.codes, columns.scale, _unless(x_fold, x.scale), None, out)
         return dx, dw
 
 
