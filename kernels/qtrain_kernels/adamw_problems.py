@@ -196,6 +196,18 @@ def _rival(make: Callable[[list[Any]], Any]) -> Callable[[Inputs], Callable[[], 
     return start
 
 
+def _bitsandbytes() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.optim
+
+
+def _torchao() -> Any:
+    import torchao.optim
+
+    return torchao.optim
+
+
 def rivals(device: str) -> dict[str, Callable[[Inputs], Callable[[], Any]]]:
     """AdamW of torch (float32 states for float32 weights), bitsandbytes and torchao, where they are installed."""
     options: dict[str, Any] = {
@@ -205,13 +217,11 @@ def rivals(device: str) -> dict[str, Callable[[Inputs], Callable[[], Any]]]:
     }
     found = {"torch fused": _rival(lambda ps: torch.optim.AdamW(ps, **options, fused=True))}
     if device == "cuda" and importlib.util.find_spec("bitsandbytes"):
-        found["bitsandbytes 8 bit"] = _rival(
-            lambda ps: importlib.import_module("bitsandbytes").optim.AdamW8bit(ps, **options)
-        )
+        found["bitsandbytes 8 bit"] = _rival(lambda ps: _bitsandbytes().AdamW8bit(ps, **options))
     if device == "cuda" and importlib.util.find_spec("torchao"):
 
         def torchao(name: str) -> Callable[[list[Any]], Any]:
-            return lambda ps: getattr(importlib.import_module("torchao.optim"), name)(ps, **options)
+            return lambda ps: getattr(_torchao(), name)(ps, **options)
 
         found |= {f"torchao {name}": _rival(torchao(name)) for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")}
     return found
