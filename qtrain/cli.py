@@ -64,7 +64,8 @@ def config_dir() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point. Returns the exit code."""
+    """The entry point. Returns the exit code. argv: None where this is the program; it then ends within seconds of a
+    signal that stopped it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("QTRAIN_DEBUG") == "1"
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -87,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(name, rest)
     except interrupts.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return interrupts.exit_code(stop.signum)
+        code = interrupts.exit_code(stop.signum)
+        if argv is None:
+            interrupts.end_soon(code)
+        return code
     except UserError as error:
         if debug:
             traceback.print_exc()

@@ -5,21 +5,30 @@
 
 Batch systems send them early, and an unhandled one kills: the handlers are installed before anything slow is imported.
 While a run trains a signal is noted (``defer``) and asked for when a step is whole (``pending``); at any other time
-there is nothing to save, and it raises ``Interrupted`` where it arrives.
+there is nothing to save, and it raises ``Interrupted`` where it arrives. A program that ends by that ends within seconds
+(``end_soon``): Python's exit waits for threads and for what libraries registered, and Inductor's pool of compile workers
+waits there up to 300 seconds for kernels that nobody will run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 # sysexits.h EX_TEMPFAIL: what batch scripts read as "try again"
 TRY_AGAIN = 75
+# For Python's own exit after a signal. `timeout --kill-after` and batch systems kill after 10 to 30 seconds.
+EXIT_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
@@ -42,6 +51,37 @@ _inbox = _Inbox()
 def exit_code(signum: int) -> int:
     """Of a program that a signal stopped: 130 after Ctrl-C, as shells have it, else 75 (try again)."""
     return 128 + signal.SIGINT if signum == signal.SIGINT else TRY_AGAIN
+
+
+def end_soon(code: int, seconds: float = EXIT_SECONDS) -> None:
+    """Ends this process with exit code ``code`` after ``seconds``, unless it has ended by then: then what it started gets
+    SIGTERM (seen on Linux only), and neither threads nor atexit functions are waited for."""
+
+    def end() -> NoReturn:
+        time.sleep(seconds)
+        for child in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(child, signal.SIGTERM)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # closed, or a pipe without reader
+                stream.flush()
+        os._exit(code)
+
+    threading.Thread(target=end, name="end_soon", daemon=True).start()
+
+
+def _descendants(process: int) -> list[int]:
+    """Those of ``process`` as /proc has them now; parents before their children."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            # "PID (any name) STATE PARENT ...", proc(5)
+            parent = int(status.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found = list(children.get(process, ()))
+    for child in found:  # which grows
+        found += children.get(child, ())
+    return found
 
 
 def install() -> None:

@@ -43,7 +43,9 @@ def work(task: Mapping[str, Any]) -> int:
         with interrupts.listen():
             return int(getattr(importlib.import_module(module), function)(task["config"]))
     except interrupts.Interrupted as stop:
-        return interrupts.exit_code(stop.signum)
+        code = interrupts.exit_code(stop.signum)
+        interrupts.end_soon(code)
+        return code
     except Exception as error:
         if _LOST.search(str(error)):
             print(f"the connection to another process of the run is lost ({error})", file=sys.stderr)
