@@ -30,7 +30,14 @@ from .datamodule import WindowsDataModule, open_corpus
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
-from .report import NO_TOKENIZER, optimizer_state_bytes, print_report, sample_text, summarize
+from .report import (
+    NO_TOKENIZER,
+    fused_tensors,
+    optimizer_state_bytes,
+    print_report,
+    sample_text,
+    summarize,
+)
 from .resume import Start, start_run
 from .run_folder import (
     CENSUS,
@@ -246,6 +253,7 @@ def _report(
         trigram=trigram,
         reference=reference,
         state_bytes=state_bytes,
+        fused_step=fused_tensors(trainer.optimizers[0]),
         census=None if census is None else census["summary"],
         linear_flops=None if census is None else census["eager"]["flops_summary"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from qtrain.data.tokenizers import Tokenizer
 from qtrain.models.sampling import generate
+from qtrain.optim import fused
+from qtrain.optim.sharding import local
 
 from .baselines import ReferenceRun
 from .callbacks.metrics_jsonl import bits_per_byte
@@ -70,11 +73,12 @@ def summarize(
     trigram: float | None,
     reference: ReferenceRun | None,
     state_bytes: Mapping[str, int] | None,
+    fused_step: Mapping[str, Any] | None,
     census: str | None,
     linear_flops: str | None,
 ) -> dict[str, Any]:
     """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token. state_bytes: from
-    ``optimizer_state_bytes``."""
+    ``optimizer_state_bytes``; fused_step: from ``fused_tensors``."""
     train = [r for r in rows if r["kind"] == "train"]
     last_val: Mapping[str, Any] = next((r for r in reversed(rows) if r["kind"] == "val"), {})
     last = train[-max(1, round(LAST_SHARE * len(train))) :]
@@ -98,6 +102,7 @@ def summarize(
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "quantized_fraction": module.surgery.quantized_fraction,
         "optimizer_state_bytes": state_bytes,
+        "optimizer_fused": fused_step,
         "compute": module.surgery.compute,
         "linear_flops": linear_flops,
         "census": census,
@@ -117,6 +122,25 @@ def optimizer_state_bytes(optimizer: Any, *, sharded: bool) -> dict[str, int] | 
         return found
     totals = summed(torch.tensor(list(found.values()), dtype=torch.int64))
     return dict(zip(found, totals.tolist(), strict=True))
+
+
+def fused_tensors(optimizer: Any) -> dict[str, Any] | None:
+    """How many tensors of this process the last step stepped in the fused kernel, of how many, and for the others the
+    reasons with their counts: {"fused", "tensors", "eager"}. None where there is no such kernel: on other devices, and
+    for optimizers that do not say."""
+    if not hasattr(optimizer, "fused_parameters"):
+        return None
+    devices = {local(p).device.type for group in optimizer.param_groups for p in group["params"]}
+    reasons = list(optimizer.fused_parameters().values())
+    if not reasons or devices.isdisjoint(fused.DEVICES):
+        return None
+    eager = Counter(reason for reason in reasons if reason is not None)
+    return {"fused": reasons.count(None), "tensors": len(reasons), "eager": dict(eager.most_common())}
+
+
+def _fused_row(found: Mapping[str, Any]) -> str:
+    eager = "".join(f"; {count} eagerly: {reason}" for reason, count in found["eager"].items())
+    return f"{found['fused']} of {found['tensors']} tensors in the fused kernel{eager}"
 
 
 def _megabytes(count: int) -> str:
@@ -167,6 +191,8 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{_megabytes(held['total'])} of {_megabytes(held['as_float32'])} in float32: {saved:.1%} saved",
             )
         )
+    if summary["optimizer_fused"] is not None:
+        rows.append(("optimizer", _fused_row(summary["optimizer_fused"])))
     rows += [
         (
             "linear weights quantized",

@@ -88,6 +88,9 @@ def test_the_table_says_what_the_summary_says(finished, capsys):
     held = summary["optimizer_state_bytes"]
     assert f"{1 - held['total'] / held['as_float32']:.1%} saved" in rows["optimizer states"]
     assert rows["files"] == str(finished[0])
+    assert "optimizer" not in rows, "of the fused kernel nothing is said on a CPU"
+    on_gpu = {**summary, "optimizer_fused": {"fused": 148, "tensors": 148, "eager": {}}}
+    assert dict(table_rows(on_gpu))["optimizer"] == "148 of 148 tensors in the fused kernel"
     # Bytes: 1 token a byte, but for the end of each document
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / 0.693147, rel=0.01)
     assert 0.6 < 1 - held["total"] / held["as_float32"] < 0.75  # 8-bit codes, 1/8 bit of scales, some float32
