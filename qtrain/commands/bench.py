@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import bench_instruments, bench_linear, bench_linear_cuda, bench_train_cuda
+from . import bench_instruments, bench_linear, bench_linear_cuda, bench_profile, bench_train_cuda
 from .bench_fake_quant import fake_quantize_linears
 from .bench_timing import Samples, ratio_interval, timed_in_turns
 
@@ -66,6 +66,7 @@ def check(cfg: DictConfig) -> None:
     """Raises ValueError or TypeError for what cannot be timed."""
     import torch
 
+    bench_profile.check(cfg, _device(cfg))
     if cfg.what == "data":
         from . import bench_data
 

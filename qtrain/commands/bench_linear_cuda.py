@@ -7,6 +7,8 @@ all bf16, and no autocast. "In a graph": the same kernels replayed by a CUDA gra
 the floor is that one's. saved: bytes that autograd keeps between forward and backward, the weight aside. error: relative
 distance of y, dx and dW from those of bf16; 0 says that nothing was quantized.
 
+profile=true: after the times, the kernels of a step by name (``bench_profile``).
+
 T tokens, I in, O out.
 """
 
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import bench_profile
 from .bench_contenders import CONTENDERS, check_arms, reason
 
 if TYPE_CHECKING:
@@ -100,9 +103,10 @@ def relative_errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float
 
 
 def of_shape(
-    shape: Shape, arms: Sequence[str], rounds: int, seed: int, device: str = "cuda"
+    shape: Shape, arms: Sequence[str], rounds: int, seed: int, device: str = "cuda", *, profile: bool = False
 ) -> dict[str, Any]:
-    """The contenders on one shape: for each its times, saved bytes and errors, or why it did not run."""
+    """The contenders on one shape: for each its times, saved bytes and errors, or why it did not run. profile: then
+    also its kernels, ``profile`` or the reason in ``no_profile``."""
     import torch
     from qtrain_kernels.bench import interleaved_ms, rates, roof
 
@@ -141,7 +145,33 @@ def of_shape(
         found[name] |= {"median_ms": medians[name], "graph_ms": medians.get(graph), "floor_ms": floor}
         found[name] |= {"percent_of_floor": 100 * floor / best, "tflop_per_s": 6 * T * I * O / best * 1e-9}
         found[name] |= {"ms": times[name], "ms_in_graph": times.get(graph)}
+    if profile:
+        _profile(timed, found, device)
     return {"shape": list(shape), "contenders": found, "roof_per_s": reached, "rounds": rounds}
+
+
+def _profile(
+    steps: Mapping[str, Callable[[], Any]], found: Mapping[str, dict[str, Any]], device: str
+) -> None:
+    """After the timing, which a profiler would slow down."""
+    for name, step in steps.items():
+        try:
+            found[name]["profile"] = bench_profile.profiled(step, device)
+        except Exception as error:
+            found[name]["no_profile"] = reason(error)
+
+
+def profiles(results: Sequence[Mapping[str, Any]]) -> str:
+    """The kernels of each shape and contender, after an empty line each; empty where nothing was profiled."""
+    parts = []
+    for result in results:
+        for name, r in result["contenders"].items():
+            title = f"{', '.join(map(str, result['shape']))}, {name}"
+            if "profile" in r:
+                parts.append(bench_profile.text(title, r["profile"]))
+            elif "no_profile" in r:
+                parts.append(f"{title}: no profile: {r['no_profile']}")
+    return "".join(f"\n\n{part}" for part in parts)
 
 
 def _graphs(
@@ -239,9 +269,11 @@ def measured(cfg: Any, save: Callable[[dict[str, Any]], None]) -> tuple[dict[str
     shapes = SHAPES if cfg.shapes is None else [tuple(shape) for shape in cfg.shapes]
     for shape in shapes:
         print(f"T, I, O = {', '.join(map(str, shape))}", flush=True)
-        results.append(of_shape(shape, list(cfg.arms or CONTENDERS), cfg.rounds, cfg.seed))
+        results.append(
+            of_shape(shape, list(cfg.arms or CONTENDERS), cfg.rounds, cfg.seed, profile=cfg.profile)
+        )
         save({"shapes": results})
     peaks = ", ".join(f"{r['roof_per_s']['bf16 peak'] * 1e-12:.0f}" for r in results)
     copy = ", ".join(f"{r['roof_per_s']['copy'] * 1e-9:.0f}" for r in results)
     roof_line = f"measured beside each shape: best bf16 GEMM {peaks} TFLOP/s, copy {copy} GB/s"
-    return {"shapes": results}, f"{table(results)}\n{roof_line}"
+    return {"shapes": results}, f"{table(results)}\n{roof_line}{profiles(results)}"

@@ -44,6 +44,7 @@ TINY: dict[str, Any] = {
     "warmup_rounds": 1,
     "seed": 0,
     "output": None,
+    "profile": False,
 }
 
 
@@ -62,6 +63,13 @@ def config(**changes: Any) -> DictConfig:
         ({"batch_sequences": "x"}, "batch_sequences='x'"),
         ({"precision": "fp16"}, "allowed are bf16 and fp32"),
         ({"device": "tpu"}, "allowed are auto, cpu and cuda"),
+        ({"profile": 1}, "profile=1: true or false"),
+        (
+            {"profile": True, "what": "linear"},
+            "bench linear on device=cpu has no profile, bench linear on a GPU has",
+        ),
+        ({"profile": True, "what": "train", "device": "cuda"}, "bench train on device=cuda has no profile"),
+        ({"profile": True, "what": "data"}, "bench data on device=cpu has no profile"),
         ({"sequence_tokens": 13}, "this model reads at most 12"),
     ],
 )
