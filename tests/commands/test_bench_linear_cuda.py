@@ -52,8 +52,8 @@ def test_native_contenders_run_int8_products() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(("name", "quantized"), [("native_int8", 3), ("native_int8_requantized", 4)])
-def test_every_call_quantizes_its_input_again(name: str, quantized: int) -> None:
+@pytest.mark.parametrize("name", ["native_int8", "native_int8_requantized"])
+def test_every_call_quantizes_its_input_again(name: str) -> None:
     """Codes are shared by the layers that read one tensor; a layer that is timed again and again is not such a one."""
     from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 
@@ -62,7 +62,7 @@ def test_every_call_quantizes_its_input_again(name: str, quantized: int) -> None
     for _ in range(3):
         before = quantize_rows_columns.calls
         step()
-        assert quantize_rows_columns.calls - before == quantized, "x, W and g; W twice where quantized anew"
+        assert quantize_rows_columns.calls - before == 4, "x, W and g; in the backward W again"
 
 
 @pytest.mark.usefixtures("small")
@@ -78,10 +78,10 @@ def test_calls_give_the_same_and_weights_are_not_shared() -> None:
 @pytest.mark.usefixtures("small")
 def test_saved_bytes_are_the_input_of_bf16_and_codes_of_native() -> None:
     found = bench_linear_cuda.of_shape(SHAPE, OURS, 5, 0, "cpu")["contenders"]
-    T, I, O = SHAPE
-    codes_of_x, codes_of_w = T * I + 4 * T, O * I + 4 * O  # int8, and a float32 scale a row
+    T, I, _ = SHAPE
+    codes_of_x = T * I + 4 * T  # int8, and a float32 scale a row
     assert found["bf16"]["saved_bytes"] == 2 * T * I
-    assert found["native_int8"]["saved_bytes"] == codes_of_x + codes_of_w, "dgrad reuses the codes of W"
+    assert found["native_int8"]["saved_bytes"] == codes_of_x, "nothing of W"
     assert found["native_int8_requantized"]["saved_bytes"] == T * I + 4 * I, "a scale a column of x"
     # int8's scales weigh more in so small a layer than in those of the benchmark
     assert found["native_int8_requantized"]["saved_bytes"] < 0.56 * found["bf16"]["saved_bytes"]
