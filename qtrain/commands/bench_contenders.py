@@ -12,7 +12,7 @@
     torchao_fp8_rowwise      convert_to_float8_training with the recipe of that name, compiled
     torchao_fp8_tensorwise   the same with the default recipe, compiled
 
-The native layers are opaque to a compiler; ``native_*_compiled`` (in a whole model) compiles what is around them.
+The ops of native layers are opaque to a compiler: alone they are timed eagerly, in a whole model (``bench train``) compiled with it.
 A contender that cannot run is in the tables, with the reason.
 """
 

@@ -56,14 +56,8 @@ class LayerStep:
         """y, dx and dW."""
         import torch
 
-        x = self._entering()
-        y: Tensor = self.run(x)
-        return (y.detach(), *torch.autograd.grad(y, (x, self.weight), self.g))
-
-    def _entering(self) -> Tensor:
-        """x as a tensor of its own: native layers keep the codes of the tensor that they quantized last, and would not
-        quantize the same one again."""
-        return self.x.detach().requires_grad_()
+        y: Tensor = self.run(self.x)
+        return (y.detach(), *torch.autograd.grad(y, (self.x, self.weight), self.g))
 
     def graph(self) -> Callable[[], None]:
         """The same kernels in a CUDA graph: what the GPU takes, without Python in between. Raises what the capture
@@ -87,7 +81,7 @@ class LayerStep:
         """What autograd keeps between forward and backward, without the weight."""
         from qtrain.nn.saved_tensors import saved_bytes
 
-        return saved_bytes(lambda: self.run(self._entering()), self.model.parameters())
+        return saved_bytes(lambda: self.run(self.x), self.model.parameters())
 
 
 def floor_ms(shape: Shape, bits: int, peak_per_s: float, copy_per_s: float) -> float:

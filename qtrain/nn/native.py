@@ -93,12 +93,16 @@ class NativeGemms:
             offset = no_counters(device)[2]
         return (seed, step, offset), (operand.grid, True, operand.per_tensor, stream, fold)
 
-    def of_input(self, x: Tensor, rows: str | None, columns: str | None) -> tuple[Codes, Codes]:
-        """``quantized`` of x [T, I], which other layers may have read before."""
+    def of_input(
+        self, x: Tensor, rows: str | None, columns: str | None, weight: Tensor, passage: str
+    ) -> tuple[Codes, Codes]:
+        """``quantized`` of x [T, I], which other layers may have read before. weight, passage: whose, and in which of
+        forward and backward it is read."""
         if self.shared is None:
             return self.quantized(x, rows, columns)
         specs = tuple(None if name is None else self.steps.operands[name].spec for name in (rows, columns))
-        return self.shared.of(x, specs, lambda: self.quantized(x, rows, columns))
+        reader = (weight.data_ptr(), passage)
+        return self.shared.of(x, specs, lambda: self.quantized(x, rows, columns), reader)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool) -> tuple[Tensor, Kept]:
         """x [T, I] -> y [T, O], and of x what the backward needs if ``keep``: (x, None, None), or (None, codes, scale) of
@@ -107,9 +111,8 @@ class NativeGemms:
         own = keep and steps.own_input
         xq = columns = None
         if steps.fprop or own:
-            xq, columns = self.of_input(
-                x, "fprop.input" if steps.fprop else None, "wgrad.input" if own else None
-            )
+            rows = "fprop.input" if steps.fprop else None
+            xq, columns = self.of_input(x, rows, "wgrad.input" if own else None, weight, "forward")
         if steps.fprop:
             assert xq is not None
             wq, _ = self.quantized(weight, "fprop.weight", None)
@@ -138,13 +141,13 @@ class NativeGemms:
             return self.quantized(weight, None, "fprop.weight")[1], None
         return _turned(self.quantized(weight, "fprop.weight", None, again=True)[0])
 
-    def wgrad_input(self, kept: Kept) -> tuple[Codes, Tensor | None]:
+    def wgrad_input(self, kept: Kept, weight: Tensor) -> tuple[Codes, Tensor | None]:
         """x as [I, T], and what is to be multiplied into g [T, O]: [T] or None."""
         x, codes, scale = kept
         reuse = self.steps.reuses_input
         if x is not None:
             rows, columns = ("fprop.input", None) if reuse else (None, "wgrad.input")
-            found = self.of_input(x, rows, columns)
+            found = self.of_input(x, rows, columns, weight, "backward")
             entered = found[0] if reuse else found[1]
         else:
             assert codes is not None
@@ -163,7 +166,7 @@ class NativeGemms:
         elif needs[0]:
             dx = self._high_precision(g, weight.t(), self.dtype)
         if wgrad:
-            x, x_fold = self.wgrad_input(kept)
+            x, x_fold = self.wgrad_input(kept, weight)
         elif needs[1]:
             assert kept[0] is not None
             dw = self._high_precision(g.t(), kept[0].t(), torch.float32)

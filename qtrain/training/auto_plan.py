@@ -68,11 +68,12 @@ def _plan(folder: Path, problems: Mapping[str, Problem], device: str, measure: M
     cache = cache_root() / "plans" / f"{digest}.json"
     remembered, before = _read(cache), _read(folder / PLAN)
     plan = measured(problems, device, {**remembered, **before}, measure)
-    write_json(folder / PLAN, to_json(plan))
-    if set(plan) - set(remembered):
+    write_json(folder / PLAN, to_json({**before, **plan}))
+    # What the run's folder said may be of another device, where the run began
+    if new := {key: timing for key, timing in plan.items() if key not in remembered and key not in before}:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, to_json({**plan, **remembered}))
+            write_json(cache, to_json({**remembered, **new}))
         except OSError:  # it is measured again another time; nothing else depends on it
             print(f"the measured plan could not be kept in {cache}", flush=True)
     return plan

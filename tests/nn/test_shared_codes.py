@@ -116,31 +116,66 @@ def test_what_makes_bits_differ_is_not_shared() -> None:
         made.append(len(made))
         return made[-1]
 
-    assert (shared.of(x, (ROW, None), make), shared.of(x, (ROW, None), make)) == (0, 0)
-    assert shared.of(x.view(6, 4), (ROW, None), make) == 0, "a view of the same numbers"
-    assert shared.of(x, (None, ROW), make) == 1, "along the other axis"
-    assert shared.of(x, (COARSE, None), make) == 2
-    assert shared.of(x.t(), (COARSE, None), make) == 3
-    assert shared.of(x[:3], (COARSE, None), make) == 4
+    def of(x: Tensor, specs: tuple[QuantSpec | None, ...], reader: object = None) -> int:
+        return shared.of(x, specs, make, reader or object())
+
+    assert (of(x, (ROW, None)), of(x, (ROW, None))) == (0, 0)
+    assert of(x.view(6, 4), (ROW, None)) == 0, "a view of the same numbers"
+    assert of(x, (None, ROW)) == 1, "along the other axis"
+    assert of(x, (COARSE, None)) == 2
+    assert of(x.t(), (COARSE, None)) == 3
+    assert of(x[:3], (COARSE, None)) == 4
     x.add_(0.0)
-    assert shared.of(x[:3], (COARSE, None), make) == 5, "written to"
-    assert shared.of(x.clone(), (COARSE, None), make) == 6
-    assert [shared.of(x, (RANDOM, None), make) for _ in range(2)] == [7, 8]
+    assert of(x[:3], (COARSE, None)) == 5, "written to"
+    assert of(x.clone(), (COARSE, None)) == 6
+    assert [of(x, (RANDOM, None)) for _ in range(2)] == [7, 8]
     with torch.inference_mode():
         y = torch.ones(2, 2)
-        assert [shared.of(y, (ROW, None), make) for _ in range(2)] == [9, 10]
+        assert [of(y, (ROW, None)) for _ in range(2)] == [9, 10]
+
+
+def test_a_reader_that_asks_again_gets_codes_made_anew() -> None:
+    """Numpy, like collectives and CUDA graphs, writes without a new version."""
+    shared, x = SharedCodes(), torch.zeros(6, 4)
+
+    def read(*readers: str) -> list[float]:
+        return [shared.of(x, (ROW, None), lambda: float(x.sum()), reader) for reader in readers]
+
+    version = x._version
+    assert read("q", "k") == [0.0, 0.0]
+    x.numpy()[:] = 1.0
+    assert x._version == version
+    assert read("v", "q", "k", "v") == [0.0, 24.0, 24.0, 24.0]
+
+
+@pytest.mark.parametrize("saved", ["quantized", "high_precision"])
+def test_a_buffer_that_is_filled_again_without_a_new_version_is_quantized_again(saved: str) -> None:
+    model, x = Siblings(), torch.randn(40, 32)
+    apply_recipe(model, recipe(saved=saved))
+
+    def step(x: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        y = model(x)
+        y.sum().backward()
+        return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    first = step(x)
+    x.numpy()[:] = torch.randn(40, 32).numpy()
+    second = step(x)
+    assert not torch.equal(second[0], first[0])
+    assert all(torch.equal(a, b) for a, b in zip(second, step(x.clone()), strict=True))
 
 
 def test_codes_go_when_their_tensor_goes() -> None:
     shared, x = SharedCodes(), torch.randn(6, 4)
-    shared.of(x, (ROW, None), lambda: "codes")
+    shared.of(x, (ROW, None), lambda: "codes", "q")
     assert shared._codes == "codes"
     del x
     gc.collect()
     assert shared._codes is None
     # Another tensor at the same address is another tensor
     y = torch.randn(6, 4)
-    assert shared.of(y, (ROW, None), lambda: "others") == "others"
+    assert shared.of(y, (ROW, None), lambda: "others", "k") == "others"
 
 
 def test_models_are_copied() -> None:

@@ -70,6 +70,20 @@ def test_other_devices_and_versions_measure_anew(
     assert len(asked) == 4
 
 
+def test_a_run_that_moved_keeps_its_plan_and_gives_it_to_nobody(
+    tmp_path: Path, asked: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen(tmp_path / "run", asked)
+    monkeypatch.setattr(auto_plan, "device_of_plans", lambda device: "another machine")
+    assert chosen(tmp_path / "run", asked, native_ms=9.0) == {"up", "again"}
+    assert chosen(tmp_path / "other", asked, native_ms=9.0) == set()
+    assert len(asked) == 4
+    # Other tokens are measured beside what the folder has, which stays
+    assert chosen(tmp_path / "run", asked, tokens=129, native_ms=9.0) == set()
+    assert chosen(tmp_path / "run", asked, native_ms=9.0) == {"up", "again"}
+    assert len(asked) == 6
+
+
 def test_a_plan_that_was_cut_is_measured_again(tmp_path: Path, asked: list[Problem]) -> None:
     chosen(tmp_path / "run", asked)
     for path in (tmp_path / "run" / "plan.json", *(tmp_path / "cache" / "plans").iterdir()):
