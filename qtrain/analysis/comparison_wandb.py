@@ -112,7 +112,8 @@ def _save_report(comparison: Comparison, command: str, project: str, entity: str
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(project=project, entity=entity, name="runs by arm", groupby=["group"])
-    panels = [
+    # The library types its arguments as invariant lists of unions
+    panels: list[Any] = [
         wr.LinePlot(title=title, x="tokens", y=[metric])
         for title, metric in (
             ("Validation loss", "val/loss"),
@@ -121,6 +122,7 @@ def _save_report(comparison: Comparison, command: str, project: str, entity: str
             ("Share of clipped steps", "stability/clip_share"),
         )
     ]
+    remarks: list[Any] = [*notes(comparison)]
     report = wr.Report(
         project=project,
         entity=entity,
@@ -132,7 +134,7 @@ def _save_report(comparison: Comparison, command: str, project: str, entity: str
             wr.H2("Verdicts"),
             wr.UnorderedList([f"{label}: {health.sentence}" for label, health in verdict_lines(comparison)]),
             wr.H2("Notes"),
-            wr.UnorderedList(notes(comparison)),
+            wr.UnorderedList(remarks),
             wr.H2("Runs"),
             wr.PanelGrid(runsets=[runs], panels=panels),
         ],
