@@ -1,0 +1,274 @@
+"""Many runs at a glance: where each stands, how far it is, what its curve says, what failed and why, and when all are done.
+
+Rows come from run folders, and from the arms of a submitted sweep, which have no folder until they start. Liveness and the
+batch system's answers are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtrain.cluster.queue import JobState, Queue
+from qtrain.cluster.submitted_sweep import ArmPlace
+
+from .health import Health
+from .instrument_records import Alert
+from .log_causes import Cause, cause_in, logs_beside
+from .run_labels import short_labels
+from .run_states import (
+    CANCELLED,
+    FAILED,
+    INTERRUPTED,
+    LOST,
+    RUNNING,
+    SILENT,
+    TROUBLE,
+    UNDER_WAY,
+    Standing,
+    host,
+    job_of,
+    of_job,
+    of_run,
+    seconds_left,
+    work_left,
+)
+from .run_tail import RunTail, read_tail
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A run or an arm. label: what tells it apart. tail, health: None before it has a folder. left: seconds to its last
+    step. node: where it trains, or did. cause: of a failure, as its log has it. command: what to do next; None where nothing
+    is to be done."""
+
+    label: str
+    standing: Standing
+    folder: Path | None = None
+    tail: RunTail | None = field(default=None, repr=False)
+    health: Health | None = field(default=None, repr=False)
+    job: str | None = None
+    node: str | None = None
+    left: float | None = None
+    log: Path | None = None
+    cause: Cause | None = None
+    command: str | None = None
+
+    @property
+    def state(self) -> str:
+        return self.standing.state
+
+    @property
+    def trouble(self) -> bool:
+        return self.state in TROUBLE
+
+    @property
+    def attempts(self) -> int:
+        return len(self.tail.attempts) if self.tail is not None else 0
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        return self.tail.record.alerts if self.tail is not None else ()
+
+    @property
+    def verdict(self) -> str | None:
+        """Of what it computed until now; None where there is nothing to judge."""
+        if self.tail is None or self.health is None or not self.tail.step:
+            return None
+        if self.health.numerical:
+            return self.health.verdict
+        # An incomplete run is judged by what it has shown: its alarms, without the one that it is incomplete
+        return None if self.health.verdict == "failed" else so_far(self.health)
+
+
+def so_far(health: Health) -> str:
+    """The verdict on the steps until now of a run that is not done, from the sentence that ``judge`` gives it."""
+    _, found, rest = health.sentence.partition("; until there it was ")
+    return rest.strip() if found else "healthy"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """rows: in the order of arms and folders. left: seconds until all are done, None where it cannot be told. notes: what
+    could not be asked."""
+
+    rows: tuple[Row, ...]
+    left: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(row.state for row in self.rows))
+
+    @property
+    def under_way(self) -> bool:
+        return any(row.state in UNDER_WAY for row in self.rows)
+
+    @property
+    def troubled(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.trouble)
+
+
+def survey(
+    folders: Iterable[Path],
+    arms: Sequence[ArmPlace],
+    *,
+    alive: Callable[[Path], bool | None],
+    ask: Callable[[Iterable[str]], Queue],
+    now: float,
+) -> Survey:
+    """folders: of runs. arms: of submitted sweeps; those with a folder are the same rows as it. alive: whether the process
+    of a run's folder lives, None where that cannot be seen. ask: the batch system (``ask_slurm``). now: seconds since the
+    epoch."""
+    tails: dict[Path, RunTail] = {}
+    of_arm = {arm.folder.absolute(): arm for arm in arms if arm.folder is not None}
+    places = dict.fromkeys([*(arm.folder for arm in arms if arm.folder is not None), *folders])
+    for folder in {place.absolute(): place for place in places}.values():
+        tail = read_tail(folder)
+        if tail is not None:
+            tails[folder] = tail
+    seen = {folder.absolute() for folder in tails}
+    waiting = [arm for arm in arms if arm.folder is None or arm.folder.absolute() not in seen]
+    jobs = {folder: _job_name(tail, of_arm.get(folder.absolute())) for folder, tail in tails.items()}
+    # Of a completed run nothing is asked
+    open_jobs = [jobs[f] for f, tail in tails.items() if tail.verdict.get("outcome") != "completed"]
+    queue = ask([name for name in (*open_jobs, *(arm.job for arm in waiting)) if name is not None])
+    labels = short_labels(
+        [t.record.name for t in tails.values()], [t.config for t in tails.values()], [f.name for f in tails]
+    )
+    rows = [
+        _row_of_run(label, tail, of_arm.get(folder.absolute()), alive(folder), jobs[folder], queue, now)
+        for label, (folder, tail) in zip(labels, tails.items(), strict=True)
+    ]
+    rows += [_row_of_arm(arm, queue) for arm in waiting]
+    under_way = [row for row in rows if row.state in UNDER_WAY]
+    running = [row.left for row in under_way if row.state == RUNNING and row.left is not None]
+    return Survey(tuple(rows), work_left([row.left for row in under_way], running), queue.notes)
+
+
+def _job_name(tail: RunTail, arm: ArmPlace | None) -> str | None:
+    """The last attempt's; of an arm that has not begun its own. A run that was resumed by hand, outside of any job, has none."""
+    if tail.attempts:
+        return job_of(tail)
+    return arm.job if arm is not None else None
+
+
+def _row_of_run(
+    label: str,
+    tail: RunTail,
+    arm: ArmPlace | None,
+    alive: bool | None,
+    job_name: str | None,
+    queue: Queue,
+    now: float,
+) -> Row:
+    job: JobState | None = queue.jobs.get(job_name) if job_name is not None else None
+    standing = of_run(tail, alive, job, now)
+    log = arm.log if arm is not None else None
+    nodes = (tail.attempts[-1].get("slurm") or {}).get("nodes") if tail.attempts else None
+    cause = None
+    if standing.state in TROUBLE and tail.verdict.get("outcome") in (None, "interrupted") and log is not None:
+        cause = cause_in(logs_beside(log))
+    return Row(
+        label=label,
+        standing=standing,
+        folder=tail.folder,
+        tail=tail,
+        health=tail.health(),
+        job=job_name,
+        node=(job.nodes if job is not None and job.active else None)
+        or nodes
+        or (host(tail) if tail.attempts else None),
+        left=seconds_left(tail, standing, now) if standing.state in UNDER_WAY else None,
+        log=log,
+        cause=cause,
+        command=_next(standing.state, tail.folder, arm, tail),
+    )
+
+
+def _row_of_arm(arm: ArmPlace, queue: Queue) -> Row:
+    """Of an arm that has left no folder."""
+    job = queue.jobs.get(arm.job) if arm.job is not None else None
+    if job is not None:
+        standing = of_job(job)
+    elif queue.asked:
+        standing = Standing(LOST, "it left no folder, and SLURM no longer knows its job")
+    else:
+        standing = Standing(SILENT, "it has no folder yet, and SLURM could not be asked for its job")
+    words = [w for w in arm.overrides if not w.startswith(("run=", "resume=", "name="))]
+    trouble = standing.state in TROUBLE
+    return Row(
+        label=" ".join(words) or f"arm {arm.number}",
+        standing=standing,
+        folder=arm.folder,
+        job=arm.job,
+        node=job.nodes if job is not None else None,
+        log=arm.log,
+        cause=cause_in(logs_beside(arm.log)) if trouble and arm.log is not None else None,
+        command=_next(standing.state, arm.folder, arm, None),
+    )
+
+
+def _next(state: str, folder: Path | None, arm: ArmPlace | None, tail: RunTail | None) -> str | None:
+    """The command that goes on with a run, or starts an arm again."""
+    if state == SILENT and folder is not None:
+        return f"tail -n 3 {shlex.quote(str(folder / 'metrics.jsonl'))}"
+    if state not in (INTERRUPTED, LOST, FAILED, CANCELLED) or folder is None:
+        return None
+    words = arm.overrides if arm is not None else _words_of(tail)
+    fixed = {"name": folder.parent.name, "run": folder.name, "resume": "auto"}
+    kept = [w for w in words if w.split("=", 1)[0] not in fixed]
+    start = ["qtrain", "train", *(["-m", "hydra/launcher=slurm"] if arm is not None else [])]
+    return shlex.join([*start, *kept, *(f"{key}={value}" for key, value in fixed.items())])
+
+
+def _words_of(tail: RunTail | None) -> Sequence[str]:
+    """The words of the command line that started the run, as its attempts have them."""
+    words: Any = tail.attempts[-1].get("overrides") if tail is not None and tail.attempts else None
+    return [str(word) for word in words] if isinstance(words, list) else []
+
+
+def as_json(found: Survey) -> dict[str, Any]:
+    """For programs. Times in seconds, losses in nats a token; null for what is not known."""
+    return {
+        "counts": found.counts,
+        "seconds_left": _finite(found.left),
+        "notes": list(found.notes),
+        "runs": [_row_json(row) for row in found.rows],
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    tail, health = row.tail, row.health
+    return {
+        "label": row.label,
+        "state": row.state,
+        "why": row.standing.why,
+        "folder": None if row.folder is None else str(row.folder),
+        "step": tail.step if tail else 0,
+        "steps": tail.steps if tail else None,
+        "loss": _finite(tail.loss) if tail else None,
+        "val_loss": _finite(tail.val_loss) if tail else None,
+        "verdict": row.verdict,
+        "sentence": health.sentence if health else None,
+        "judged_whole": tail.whole if tail else None,
+        "alarms": dict(Counter(alert.name for alert in row.alerts)),
+        "tokens_per_s": _finite(tail.tokens_per_s) if tail else None,
+        "seconds_a_step": tail.pace if tail else None,
+        "seconds_left": _finite(row.left),
+        "attempts": row.attempts,
+        "job": row.job,
+        "node": row.node,
+        "log": None if row.log is None else str(row.log),
+        "cause": None if row.cause is None else {"kind": row.cause.kind, "line": row.cause.line},
+        "next": row.command,
+    }
+
+
+def _finite(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
