@@ -7,6 +7,10 @@ from typing import Any
 
 from .arms import NOT_OF_THE_ARM, flat
 
+# The short knobs, in the order of the command line
+FIRST = ("w", "a", "g", "m1", "m2")
+# How often something is measured tells no arm apart
+_MEASURING = ("eval_every_steps", "eval_windows")
 # At most so many knobs in a name; the rest is in the config
 _KNOBS = 5
 
@@ -40,10 +44,16 @@ def _differing(own: Mapping[str, Any], siblings: Sequence[Mapping[str, Any]]) ->
     keys = [
         k for k in {k: None for o in siblings for k in o} if any(o.get(k) != own.get(k) for o in siblings)
     ]
-    top = [k for k in keys if "." not in k and k not in ("name", "seed")]
+    top = [k for k in keys if "." not in k and k not in ("name", "seed", *_MEASURING)]
     # A short knob says what the keys under recipe and optimizer say again
     deep = [k for k in keys if "." in k and not k.endswith("_target_")] if not top else []
-    return [*sorted(top), *sorted(deep)][:_KNOBS] + (["seed"] if "seed" in keys else [])
+    return [*sorted(top, key=_rank), *sorted(deep)][:_KNOBS] + (["seed"] if "seed" in keys else [])
+
+
+def _rank(key: str) -> tuple[int, str]:
+    """What a sweep asks about first."""
+    order = FIRST.index(key) if key in FIRST else len(FIRST)
+    return (order, key)
 
 
 def _short(key: str) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,9 @@ from .instrument_records import INSTRUMENTS, Alert, flat, row_of
 from .limits import DIVERGED_NATS
 from .run_records import RunRecord, read_config
 
-# A row of metrics.jsonl is some 200 bytes. The head holds the first 80 steps, the tail the last 300: three windows of a
+# A row of metrics.jsonl is some 200 bytes. The head holds the first 80 steps, the tail the last 240: twice the window of a
 # spike's score; a place in between 20 steps, of which the median is one of ``curve_scores.excess``
-WHOLE, HEAD, TAIL, PLACES, PLACE = 128 << 10, 16 << 10, 64 << 10, 8, 4096
+WHOLE, HEAD, TAIL, PLACES, PLACE = 128 << 10, 16 << 10, 48 << 10, 8, 4096
 # Samples of a hundred operands are 10 KiB a row, and alerts stand among them
 INSTRUMENTS_TAIL = 128 << 10
 # Validations may lie thousands of rows apart: how far back the last one is looked for
@@ -64,9 +66,14 @@ class RunTail:
         """verdict.json: how the last attempt ended; empty where it left no word."""
         return self.record.verdict
 
+    @cached_property
     def health(self) -> Health:
+        """The verdict on what was read: of a run that is not done, on its steps until now."""
+        record = self.record
+        if record.state in ("unfinished", "stopped"):
+            record = replace(record, state="completed", problem=None)
         try:
-            return judge(self.record)
+            return judge(record)
         except (KeyError, TypeError, ValueError) as error:
             return Health(
                 FAILED, f"failed: its files are not those of a run ({type(error).__name__}: {error})"
@@ -125,6 +132,23 @@ def read_tail(folder: Path) -> RunTail | None:
     )
 
 
+class TailReader:
+    """``read_tail`` for those who look again and again: a run that has not written since is not read again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, RunTail] = {}
+
+    def __call__(self, folder: Path) -> RunTail | None:
+        known = self._known.get(folder)
+        # A file may be written twice within one tick of the clock of a file system, of some a second
+        if known is not None and known.written == _written(folder) < time.time() - 5:
+            return known
+        tail = read_tail(folder)
+        if tail is not None:
+            self._known[folder] = tail
+        return tail
+
+
 def _state(
     config: Mapping[str, Any],
     verdict: Mapping[str, Any] | None,
@@ -171,20 +195,23 @@ def _written(folder: Path) -> float:
 
 def _rows(text: bytes) -> tuple[list[dict[str, Any]], int]:
     """(rows, lines that are none though others follow)."""
-    found: list[dict[str, Any]] = []
-    bad = last_bad = 0
     *lines, last = text.split(b"\n")
-    for line in [*lines, last] if last else lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            found.append(row)
-            last_bad = 0
-        else:
-            bad, last_bad = bad + 1, last_bad + 1
-    return found, bad - last_bad
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")  # at once, where all are whole
+    except ValueError:
+        rows = [_row(line) for line in lines]
+    rows.append(_row(last))  # a line that is being written, unless it is whole
+    good = [row for row in rows if isinstance(row, dict)]
+    while rows and not isinstance(rows[-1], dict):
+        rows.pop()
+    return good, len(rows) - len(good)
+
+
+def _row(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one too
+        return None
 
 
 def _whole_lines(text: bytes) -> bytes:

@@ -23,6 +23,8 @@ from .log_causes import Cause, cause_in, logs_beside
 from .run_labels import short_labels
 from .run_states import (
     CANCELLED,
+    COMPLETED,
+    DIVERGED,
     FAILED,
     INTERRUPTED,
     LOST,
@@ -30,6 +32,7 @@ from .run_states import (
     SILENT,
     TROUBLE,
     UNDER_WAY,
+    UNREADABLE,
     Standing,
     host,
     job_of,
@@ -65,7 +68,8 @@ class Row:
 
     @property
     def trouble(self) -> bool:
-        return self.state in TROUBLE
+        """Whether somebody should look at it: also at a run that trains on though its loss has left it."""
+        return self.state in TROUBLE or self.verdict in (DIVERGED, FAILED)
 
     @property
     def attempts(self) -> int:
@@ -78,18 +82,9 @@ class Row:
     @property
     def verdict(self) -> str | None:
         """Of what it computed until now; None where there is nothing to judge."""
-        if self.tail is None or self.health is None or not self.tail.step:
+        if self.tail is None or self.health is None or not self.tail.step or self.state == UNREADABLE:
             return None
-        if self.health.numerical:
-            return self.health.verdict
-        # An incomplete run is judged by what it has shown: its alarms, without the one that it is incomplete
-        return None if self.health.verdict == "failed" else so_far(self.health)
-
-
-def so_far(health: Health) -> str:
-    """The verdict on the steps until now of a run that is not done, from the sentence that ``judge`` gives it."""
-    _, found, rest = health.sentence.partition("; until there it was ")
-    return rest.strip() if found else "healthy"
+        return self.health.verdict
 
 
 @dataclass(frozen=True)
@@ -121,15 +116,16 @@ def survey(
     alive: Callable[[Path], bool | None],
     ask: Callable[[Iterable[str]], Queue],
     now: float,
+    read: Callable[[Path], RunTail | None] = read_tail,
 ) -> Survey:
     """folders: of runs. arms: of submitted sweeps; those with a folder are the same rows as it. alive: whether the process
     of a run's folder lives, None where that cannot be seen. ask: the batch system (``ask_slurm``). now: seconds since the
-    epoch."""
+    epoch. read: of a folder what it says (a ``TailReader``, where this is called again and again)."""
     tails: dict[Path, RunTail] = {}
     of_arm = {arm.folder.absolute(): arm for arm in arms if arm.folder is not None}
     places = dict.fromkeys([*(arm.folder for arm in arms if arm.folder is not None), *folders])
     for folder in {place.absolute(): place for place in places}.values():
-        tail = read_tail(folder)
+        tail = read(folder)
         if tail is not None:
             tails[folder] = tail
     seen = {folder.absolute() for folder in tails}
@@ -169,6 +165,8 @@ def _row_of_run(
 ) -> Row:
     job: JobState | None = queue.jobs.get(job_name) if job_name is not None else None
     standing = of_run(tail, alive, job, now)
+    if standing.state == COMPLETED and tail.health.verdict == DIVERGED:
+        standing = Standing(DIVERGED, tail.health.sentence.removeprefix("diverged: "))
     log = arm.log if arm is not None else None
     nodes = (tail.attempts[-1].get("slurm") or {}).get("nodes") if tail.attempts else None
     cause = None
@@ -179,7 +177,7 @@ def _row_of_run(
         standing=standing,
         folder=tail.folder,
         tail=tail,
-        health=tail.health(),
+        health=tail.health,
         job=job_name,
         node=(job.nodes if job is not None and job.active else None)
         or nodes

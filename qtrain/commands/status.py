@@ -67,14 +67,17 @@ def check(cfg: DictConfig) -> None:
         places(_names(config))
 
 
-def _look(config: dict[str, Any]) -> Any:
-    """The survey of what the config names, now."""
+def _look(config: dict[str, Any], read: Any = None) -> Any:
+    """The survey of what the config names, now. read: a ``TailReader``, where this is asked again and again."""
     from qtrain.analysis.run_sources import run_folders
     from qtrain.analysis.run_states import UNDER_WAY
+    from qtrain.analysis.run_tail import read_tail
     from qtrain.analysis.survey import Survey, survey
     from qtrain.cluster.queue import Queue, ask_slurm
     from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
     from qtrain.training.run_folder import is_trained
+
+    read = read or read_tail
 
     def ask(jobs: Any) -> Queue:
         return ask_slurm(jobs, seconds=config["slurm_seconds"])
@@ -82,7 +85,7 @@ def _look(config: dict[str, Any]) -> Any:
     named = _sweep_folder(config)
     if named is not None:
         folders = [] if _names(config) == DEFAULT_RUNS else run_folders(_names(config))
-        return survey(folders, read_sweep(named).arms, alive=is_trained, ask=ask, now=time.time())
+        return survey(folders, read_sweep(named).arms, alive=is_trained, ask=ask, now=time.time(), read=read)
     # None has begun yet where only a sweep waits
     begun = _names(config) != DEFAULT_RUNS or Path(*DEFAULT_RUNS).is_dir()
     folders = run_folders(_names(config)) if begun else []
@@ -96,7 +99,7 @@ def _look(config: dict[str, Any]) -> Any:
         for a in s.arms
         if (a.folder is not None and a.folder.absolute() in here) or a in last
     ]
-    found = survey(folders, arms, alive=is_trained, ask=ask, now=time.time())
+    found = survey(folders, arms, alive=is_trained, ask=ask, now=time.time(), read=read)
     mine = [r for r in found.rows if r.tail is not None or r.state in UNDER_WAY]
     notes = found.notes
     if len(mine) < len(found.rows):
@@ -156,12 +159,13 @@ def _watch(config: dict[str, Any]) -> int:
     from rich.console import Console
     from rich.live import Live
 
+    from qtrain.analysis.run_tail import TailReader
     from qtrain.interrupts import Interrupted
 
     from .status_table import drawing
 
-    console = Console()
-    found = _look(config)
+    console, read = Console(), TailReader()
+    found = _look(config, read)
     try:
         # In a terminal on a screen of its own, which is given back at the end; elsewhere one table after the other
         with Live(console=console, screen=console.is_terminal, auto_refresh=False, transient=True) as live:
@@ -174,7 +178,7 @@ def _watch(config: dict[str, Any]) -> int:
                 if not found.under_way:
                     break
                 time.sleep(config["watch"])
-                found = _look(config)
+                found = _look(config, read)
     except Interrupted as stop:
         if stop.signum != signal.SIGINT:
             raise

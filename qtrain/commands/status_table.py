@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -19,10 +19,11 @@ _BAR = 10  # characters
 _DETAILS = 12  # runs in trouble whose logs are told; the others stand in json=
 # Columns of a terminal from which on more of the table is shown
 _WIDE, _WIDER = 118, 150
+_GAP = 2  # characters between columns
 _COLOURS = {
     "queued": "yellow", "starting": "cyan", "running": "bold cyan", "requeued": "yellow", "completed": "green",
     **dict.fromkeys(TROUBLE, "bold red"), "interrupted": "bold yellow", "cancelled": "bold yellow", "silent": "bold yellow",
-    "healthy": "green", "noisy": "yellow", "unstable": "bold yellow",
+    "diverged": "bold red", "failed": "bold red", "healthy": "green", "noisy": "yellow", "unstable": "bold yellow",
 }  # fmt: skip
 
 
@@ -84,35 +85,35 @@ def _rate(row: Row) -> Text:
     return Text("" if rate is None else f"{rate:,.0f}")
 
 
-def _columns(width: int, plain: bool) -> list[tuple[str, dict[str, Any], Callable[[Row], Text]]]:
-    """(heading, options, cell), from left to right, of a table in ``width`` columns."""
-    right = {"justify": "right", "no_wrap": True}
-    label: dict[str, Any] = {"overflow": "ellipsis", "no_wrap": True, "ratio": 3, "min_width": 12}
-    columns = [
-        ("run", label, lambda row: Text(row.label)),
-        ("state", {"overflow": "ellipsis", "no_wrap": True, "ratio": 2, "min_width": 11}, _state),
-        ("step", {"no_wrap": True}, lambda row: _bar(row, plain)),
-        ("train", right, lambda row: _number(row.tail.loss if row.tail else None)),
-        ("val", right, lambda row: _number(row.tail.val_loss if row.tail else None)),
-        ("so far", {"no_wrap": True}, _verdict),
-        ("alarms", right, _alarms),
-        ("left", right, lambda row: Text(duration(row.left))),
+@dataclass(frozen=True)
+class _Column:
+    """least: characters that it is cut to where the terminal is narrow; None: never cut. from_width: of the terminal from
+    which on it is shown. always: even where no row has anything in it."""
+
+    heading: str
+    cell: Callable[[Row], Text]
+    right: bool = True
+    least: int | None = None
+    from_width: int = 0
+    always: bool = False
+
+
+def _columns(plain: bool) -> list[_Column]:
+    """From left to right."""
+    return [
+        _Column("run", lambda row: Text(row.label), right=False, least=16, always=True),
+        _Column("state", _state, right=False, least=11, always=True),
+        _Column("step", lambda row: _bar(row, plain), right=False, always=True),
+        _Column("train", lambda row: _number(row.tail.loss if row.tail else None)),
+        _Column("val", lambda row: _number(row.tail.val_loss if row.tail else None)),
+        _Column("so far", _verdict, right=False),
+        _Column("alarms", _alarms),
+        _Column("tokens/s", _rate, from_width=_WIDE),
+        _Column("left", lambda row: Text(duration(row.left))),
+        _Column("tries", _tries),
+        _Column("node", lambda row: Text(row.node or ""), right=False, least=6, from_width=_WIDE),
+        _Column("folder", lambda row: Text(_name(row.folder)), right=False, least=8, from_width=_WIDER),
     ]
-    if width >= _WIDE:
-        columns[6:7] = [columns[6], ("tokens/s", right, _rate)]
-        columns += [
-            ("tries", right, _tries),
-            ("node", {"overflow": "ellipsis", "no_wrap": True}, lambda row: Text(row.node or "")),
-        ]
-    if width >= _WIDER:
-        columns.append(
-            (
-                "folder",
-                {"overflow": "ellipsis", "no_wrap": True, "ratio": 2},
-                lambda row: Text(_name(row.folder)),
-            )
-        )
-    return columns
 
 
 def _name(folder: Path | None) -> str:
@@ -150,18 +151,35 @@ def headline(found: Survey) -> Text:
 
 def _table(rows: Sequence[Row], console: Console) -> Table:
     plain = not (console.encoding or "").lower().startswith("utf")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=False)
-    columns = [
-        c for c in _columns(console.width, plain) if c[0] in _ALWAYS or any(c[2](row).plain for row in rows)
-    ]
-    for heading, options, _ in columns:
-        table.add_column(heading, **options)
-    for row in rows:
-        table.add_row(*(cell(row) for _, _, cell in columns))
+    found = [(c, [c.cell(row) for row in rows]) for c in _columns(plain) if console.width >= c.from_width]
+    shown = [(c, cells) for c, cells in found if c.always or any(cell.plain for cell in cells)]
+    widths = [max(len(c.heading), *(cell.cell_len for cell in cells)) for c, cells in shown]
+    # What does not fit is cut from the columns that can be: the widest first
+    excess = sum(widths) + _GAP * (len(widths) - 1) - console.width
+    while excess > 0:
+        spare = [(widths[i] - c.least, i) for i, (c, _) in enumerate(shown) if c.least is not None]
+        most, widest = max(spare)
+        if most <= 0:
+            break
+        widths[widest] -= 1
+        excess -= 1
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for (column, _), width in zip(shown, widths, strict=True):
+        table.add_column(
+            column.heading,
+            justify="right" if column.right else "left",
+            no_wrap=True,
+            min_width=width,
+            max_width=width,
+        )
+    for i in range(len(rows)):
+        table.add_row(*(_cut(cells[i], width) for (_, cells), width in zip(shown, widths, strict=True)))
     return table
 
 
-_ALWAYS = ("run", "state", "step")
+def _cut(text: Text, width: int) -> Text:
+    text.truncate(width, overflow="ellipsis")
+    return text
 
 
 def _details(rows: Sequence[Row]) -> list[Text]:
@@ -173,7 +191,11 @@ def _details(rows: Sequence[Row]) -> list[Text]:
         what.append(f" after step {step:,}" if step else "", style="")
         why = row.standing.why or ""
         lines.append(what.append(f": {why}" if why else ""))
-        if row.health is not None and row.state in ("diverged", "completed") and row.health.blame is not None:
+        if (
+            row.health is not None
+            and row.verdict in ("diverged", "failed")
+            and row.health.sentence not in f"diverged: {why}"
+        ):
             lines.append(Text(f"  {row.health.sentence}"))
         if row.cause is not None:
             lines.append(Text(f"  {row.cause.line}", style="red"))

@@ -34,6 +34,7 @@ from .identity import differences
 from .run_folder import (
     ATTEMPTS,
     CHECKPOINTS,
+    STARTED_WITH,
     VERDICT,
     append_line,
     create_run_folder,
@@ -240,6 +241,7 @@ def _recorded(start: Start, previous: Mapping[str, Any] | None, attempts: list[d
         "previous": None if previous is None else previous.get("message"),
         "git_commit": versions()["git_commit"],
         "slurm": None if job is None else asdict(job),
+        "overrides": json.loads(os.environ.get(STARTED_WITH, "null")),
     }
     append_line(start.folder / ATTEMPTS, row)
     return replace(start, run_id=run_id)

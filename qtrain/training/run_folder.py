@@ -3,7 +3,7 @@
 config.yaml versions.json attempts.jsonl surgery.txt plan.json census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
 window_losses.npy loss.png sample.txt summary.json verdict.json
 
-attempts.jsonl has a line for each time that the run was started: when, where, in which job of SLURM, from which checkpoint,
+attempts.jsonl has a line for each time that the run was started: when, where, in which job of SLURM, by which words, from which checkpoint,
 how the attempt before it ended, and what was refused on the way.
 """
 
@@ -32,6 +32,8 @@ PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wa
 SUMMARY, VERDICT, CENSUS, ATTEMPTS = "summary.json", "verdict.json", "census.json", "attempts.jsonl"
 PLAN = "plan.json"  # of compute=auto: what was measured
 WINDOW_LOSSES = "window_losses.npy"  # [n] float32, nats per token of every validation window, in their order
+# The environment variable in which a command tells the run's processes the words of its command line, as a JSON list
+STARTED_WITH = "QTRAIN_STARTED_WITH"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
