@@ -49,7 +49,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("time limit", r"CANCELLED AT \S+ DUE TO TIME LIMIT"),
         ("preempted", r"CANCELLED AT \S+ DUE TO PREEMPTION"),
         ("node failure", r"CANCELLED AT \S+ DUE TO NODE FAILURE"),
-        ("memory", r"oom[-_]kill|Out Of Memory|Exceeded job memory limit|MemoryError|DefaultCPUAllocator: can't allocate"),
+        ("memory", r"oom[-_]kill|Out Of Memory|Exceeded job memory limit|\bMemoryError|DefaultCPUAllocator: can't allocate"),
         ("gpu memory", r"CUDA out of memory|torch\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),
         ("disk", r"No space left on device|Disk quota exceeded"),
         ("cancelled", r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ \*\*\*"),

@@ -7,9 +7,10 @@ batch system's answers are handed in.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,37 +122,71 @@ def survey(
     """folders: of runs. arms: of submitted sweeps; those with a folder are the same rows as it. alive: whether the process
     of a run's folder lives, None where that cannot be seen. ask: the batch system (``ask_slurm``). now: seconds since the
     epoch. read: of a folder what it says (a ``TailReader``, where this is called again and again)."""
-    tails: dict[Path, RunTail] = {}
-    of_arm = {arm.folder.absolute(): arm for arm in arms if arm.folder is not None}
-    places = dict.fromkeys([*(arm.folder for arm in arms if arm.folder is not None), *folders])
-    for folder in {place.absolute(): place for place in places}.values():
-        tail = read(folder)
-        if tail is not None:
-            tails[folder] = tail
-    seen = {folder.absolute() for folder in tails}
-    waiting = [arm for arm in arms if arm.folder is None or arm.folder.absolute() not in seen]
-    jobs = {folder: _job_name(tail, of_arm.get(folder.absolute())) for folder, tail in tails.items()}
-    # Of a completed run nothing is asked
-    open_jobs = [jobs[f] for f, tail in tails.items() if tail.verdict.get("outcome") != "completed"]
-    queue = ask([name for name in (*open_jobs, *(arm.job for arm in waiting)) if name is not None])
-    labels = short_labels(
-        [t.record.name for t in tails.values()], [t.config for t in tails.values()], [f.name for f in tails]
-    )
-    rows = [
-        _row_of_run(label, tail, of_arm.get(folder.absolute()), alive(folder), jobs[folder], queue, now)
-        for label, (folder, tail) in zip(labels, tails.items(), strict=True)
+    # An arm that was submitted again has the folder of the first time: the later submission counts
+    arms = list({_key(arm.folder) if arm.folder else str(arm): arm for arm in arms}.values())
+    of_arm = {_key(arm.folder): arm for arm in arms if arm.folder is not None}
+    places = {
+        _key(place): place for place in (*(arm.folder for arm in arms if arm.folder is not None), *folders)
+    }
+    tails = {key: tail for key, place in places.items() if (tail := read(place)) is not None}
+    waiting = [arm for arm in arms if arm.folder is None or _key(arm.folder) not in tails]
+    jobs = [name for key, tail in tails.items() for name in _job_names(tail, of_arm.get(key))]
+    queue = ask([*jobs, *(arm.job for arm in waiting if arm.job is not None)])
+    names = _labels(tails, of_arm, arms)
+    rows = {
+        key: _row_of_run(names[key], tail, of_arm.get(key), alive(tail.folder), queue, now)
+        for key, tail in tails.items()
+    }
+    of_arms = [
+        _row_of_arm(_arm_label(arm, arms), arm, queue) if arm in waiting else rows.pop(_key(arm.folder))
+        for arm in arms
     ]
-    rows += [_row_of_arm(arm, queue) for arm in waiting]
-    under_way = [row for row in rows if row.state in UNDER_WAY]
+    all_rows = (*of_arms, *rows.values())
+    under_way = [row for row in all_rows if row.state in UNDER_WAY]
     running = [row.left for row in under_way if row.state == RUNNING and row.left is not None]
-    return Survey(tuple(rows), work_left([row.left for row in under_way], running), queue.notes)
+    return Survey(all_rows, work_left([row.left for row in under_way], running), queue.notes)
 
 
-def _job_name(tail: RunTail, arm: ArmPlace | None) -> str | None:
-    """The last attempt's; of an arm that has not begun its own. A run that was resumed by hand, outside of any job, has none."""
-    if tail.attempts:
-        return job_of(tail)
-    return arm.job if arm is not None else None
+def _key(folder: Path | None) -> str:
+    """The same for all names of a folder."""
+    return "" if folder is None else os.path.realpath(folder)
+
+
+def _labels(
+    tails: Mapping[str, RunTail], of_arm: Mapping[str, ArmPlace], arms: Sequence[ArmPlace]
+) -> dict[str, str]:
+    """Of a sweep's arms the words that tell them apart, of others what ``short_labels`` finds in their configs."""
+    others = {key: tail for key, tail in tails.items() if key not in of_arm}
+    found = short_labels(
+        [tail.record.name for tail in others.values()],
+        [tail.config for tail in others.values()],
+        [tail.folder.name for tail in others.values()],
+    )
+    return {**dict(zip(others, found, strict=True)), **{k: _arm_label(a, arms) for k, a in of_arm.items()}}
+
+
+def _arm_label(arm: ArmPlace, arms: Sequence[ArmPlace]) -> str:
+    common = set.intersection(*(set(other.overrides) for other in arms)) if len(arms) > 1 else set()
+    fixed = ("run=", "resume=", "name=")
+    words = [word for word in arm.overrides if word not in common and not word.startswith(fixed)]
+    return " ".join(words) or (arm.folder.name if arm.folder is not None else f"arm {arm.number}")
+
+
+def _job_names(tail: RunTail, arm: ArmPlace | None) -> list[str]:
+    """Those that may train it: the one it was submitted as, and that of its last attempt."""
+    if tail.verdict.get("outcome") == "completed":
+        return []
+    return [name for name in (arm.job if arm is not None else None, job_of(tail)) if name is not None]
+
+
+def _job(tail: RunTail, arm: ArmPlace | None, queue: Queue) -> tuple[str | None, JobState | None]:
+    """The job that trains it or will; else that of its last attempt, which is none where that was started by hand."""
+    for name in _job_names(tail, arm):
+        job = queue.jobs.get(name)
+        if job is not None and not job.ended:
+            return name, job
+    last = job_of(tail) if tail.attempts or arm is None else arm.job
+    return last, queue.jobs.get(last) if last is not None else None
 
 
 def _row_of_run(
@@ -159,11 +194,10 @@ def _row_of_run(
     tail: RunTail,
     arm: ArmPlace | None,
     alive: bool | None,
-    job_name: str | None,
     queue: Queue,
     now: float,
 ) -> Row:
-    job: JobState | None = queue.jobs.get(job_name) if job_name is not None else None
+    job_name, job = _job(tail, arm, queue)
     standing = of_run(tail, alive, job, now)
     if standing.state == COMPLETED and tail.health.verdict == DIVERGED:
         standing = Standing(DIVERGED, tail.health.sentence.removeprefix("diverged: "))
@@ -189,7 +223,7 @@ def _row_of_run(
     )
 
 
-def _row_of_arm(arm: ArmPlace, queue: Queue) -> Row:
+def _row_of_arm(label: str, arm: ArmPlace, queue: Queue) -> Row:
     """Of an arm that has left no folder."""
     job = queue.jobs.get(arm.job) if arm.job is not None else None
     if job is not None:
@@ -198,10 +232,9 @@ def _row_of_arm(arm: ArmPlace, queue: Queue) -> Row:
         standing = Standing(LOST, "it left no folder, and SLURM no longer knows its job")
     else:
         standing = Standing(SILENT, "it has no folder yet, and SLURM could not be asked for its job")
-    words = [w for w in arm.overrides if not w.startswith(("run=", "resume=", "name="))]
     trouble = standing.state in TROUBLE
     return Row(
-        label=" ".join(words) or f"arm {arm.number}",
+        label=label,
         standing=standing,
         folder=arm.folder,
         job=arm.job,

@@ -44,7 +44,7 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / SWEEP if folder.is_dir() else folder
     if not path.is_file():
         raise ValueError(
-            f"sweep={folder}: there is no {SWEEP}, which sweeps have that were submitted (hydra/launcher=slurm); of others "
+            f"multirun={folder}: there is no {SWEEP}, which sweeps have that were submitted (hydra/launcher=slurm); of others "
             "give the runs, as in runs=[outputs/train]"
         )
     try:

@@ -1,7 +1,7 @@
 """qtrain status: how far runs and sweeps are, what failed and why, and when they will be done.
 
     qtrain status                              every run below outputs, and the sweep that was submitted last
-    qtrain status sweep=last watch=30          its arms, also those that wait in the queue, again every 30 seconds
+    qtrain status multirun=last watch=30          its arms, also those that wait in the queue, again every 30 seconds
     qtrain status 'runs=[outputs/w4*]' json=-  for programs
 
 Exit codes: 0 where all is well: completed, or under way; 3 where a run diverged, stopped, failed or was lost, interrupted or
@@ -33,12 +33,12 @@ def _names(config: dict[str, Any]) -> list[str]:
 def _sweep_folder(config: dict[str, Any]) -> Path | None:
     from qtrain.cluster.submitted_sweep import sweeps_below
 
-    if config["sweep"] != "last":
-        return None if config["sweep"] is None else Path(config["sweep"])
+    if config["multirun"] != "last":
+        return None if config["multirun"] is None else Path(config["multirun"])
     found = sweeps_below(MULTIRUN)
     if not found:
         raise ValueError(
-            f"sweep=last: no sweep was submitted from here (there is no {MULTIRUN}/DATE/TIME/sweep.json)"
+            f"multirun=last: no sweep was submitted from here (there is no {MULTIRUN}/DATE/TIME/sweep.json)"
         )
     return found[-1]
 
@@ -106,7 +106,7 @@ def _look(config: dict[str, Any], read: Any = None) -> Any:
         where = sweeps[-1].folder
         notes = (
             *notes,
-            f"{len(found.rows) - len(mine)} arms of {where} never started: qtrain status sweep={where}",
+            f"{len(found.rows) - len(mine)} arms of {where} never started: qtrain status multirun={where}",
         )
     return Survey(tuple(mine), found.left, notes)
 

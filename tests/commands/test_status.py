@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def test_each_run_stands_where_it_is(out: Path, capfd: pytest.CaptureFixture[str
         found["done"]["verdict"] == found["killed"]["verdict"] == found["interrupted"]["verdict"] == "healthy"
     )
     assert found["not_finite"]["verdict"] == "diverged"
-    assert "lm_head.weight/exp_avg_sq" in found["diverged"]["why"]
+    assert "lm_head.weight/exp_avg_sq" in found["diverged"]["sentence"]
     assert f"loss of step {BAD} is nan" in found["not_finite"]["sentence"]
     assert "stability/non_finite" in found["not_finite"]["alarms"]
     last = json.loads((out / "runs/arms/killed/metrics.jsonl").read_text().splitlines()[-1])
@@ -126,7 +127,7 @@ def test_the_next_command_is_the_one_that_goes_on(
     assert command.startswith("qtrain train data=text ")
     assert command.endswith("name=arms run=killed resume=auto")
     command = command.replace(f"out={out / 'runs'}", f"out={tmp_path / 'runs'}")
-    assert cli.main(command.split()[1:]) == 0
+    assert cli.main(shlex.split(command)[1:]) == 0
     code, found = by_run(capfd, f"runs=[{tmp_path / 'runs'}]")
     assert (code, found["killed"]["state"], found["killed"]["attempts"]) == (0, "completed", 2)
     assert found["killed"]["next"] is None
@@ -197,14 +198,7 @@ def test_the_table_fits_and_cuts_no_number(
     assert lines[0] == "5 runs: 1 completed, 2 diverged, 1 interrupted, 1 lost"
     assert max(map(len, lines)) <= width
     table = lines[2:8]
-    for cells in (
-        f"{STEPS}/{STEPS}",
-        f"{BAD}/{STEPS}",
-        f"{BAD - 1}/{STEPS}",
-        "completed",
-        "interrupted",
-        "nan",
-    ):
+    for cells in (f"{STEPS}/{STEPS}", f"{BAD}/{STEPS}", f"{BAD - 1}/{STEPS}", "completed", "interrupted"):
         assert any(cells in line for line in table), cells
     assert ("tokens/s" in table[0], "folder" in table[0]) == (width >= 118, width >= 150)
     assert any(line.startswith("m2=none seed=0") for line in table)
@@ -222,8 +216,8 @@ def test_the_table_fits_and_cuts_no_number(
         (["limit=0"], "limit=0: must be"),
         (["slurm_seconds=null"], "slurm_seconds=None: must be"),
         (["runs=[wandb:me/project]"], "status reads run folders, not W&B's server; qtrain compare"),
-        (["sweep=last"], "no sweep was submitted from here"),
-        (["sweep=nowhere"], "there is no sweep.json"),
+        (["multirun=last"], "no sweep was submitted from here"),
+        (["multirun=nowhere"], "there is no sweep.json"),
         (["runs=[nowhere]"], "there is no nowhere"),
     ],
 )
@@ -239,3 +233,58 @@ def test_what_cannot_be_asked_is_refused(
     (tmp_path / "outputs/train/a/config.yaml").write_text("name: train\nseed: 0\nsteps: 2\n")
     assert cli.main(["status", *more]) == 2
     assert says in capfd.readouterr().err
+
+
+def test_a_submitted_sweep_by_the_queue(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Arms that wait are rows; squeue's answer is one that it gave."""
+    monkeypatch.chdir(tmp_path)
+    answers = Path(__file__).parents[1] / "cluster/slurm_answers/accounts"
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "sacct"):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ncat {answers}/{name}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    shutil.copytree(out / "runs/arms/done", tmp_path / "outputs/arms/done")
+    jobs = {"done": "21_0", "trains": "21_1", "waits": "21_3", "held": "8", "too_long": "18"}
+    arms = [
+        {"number": i, "job": job, "overrides": [f"w={name}"], "folder": f"outputs/arms/{name}", "log": str(tmp_path / f"{job}.out")}
+        for i, (name, job) in enumerate(jobs.items())
+    ]  # fmt: skip
+    (tmp_path / "18.out").write_text(
+        "slurmstepd-n0: error: *** JOB 18 ON n0 CANCELLED AT 2026-11-26T18:23:38 DUE TO TIME LIMIT ***\n"
+    )
+    folder = tmp_path / "multirun/2026-11-26/19-02-11"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps({"command": "train", "arms": arms, "cwd": str(tmp_path)}))
+    code, found = by_run(capfd, "multirun=last")
+    assert code == 3
+    assert {name: (run["state"], run["why"]) for name, run in found.items()} == {
+        "done": ("completed", None), "trains": ("starting", None), "waits": ("queued", "JobArrayTaskLimit"),
+        "held": ("queued", "JobHeldUser"), "too_long": ("failed", "its time limit of 1:00 was over"),
+    }  # fmt: skip
+    assert found["too_long"]["cause"]["kind"] == "time limit"
+    assert found["too_long"]["next"].endswith("w=too_long name=arms run=too_long resume=auto")
+    # Without multirun= the last sweep's waiting arms are shown too, and what never began is a note
+    code, said = status(capfd)
+    assert code == 0
+    assert "4 runs: 2 queued, 1 starting, 1 completed; no pace is known yet" in said
+    assert "1 arms of multirun" in said
+    assert "JobHeldUser" in said
+
+
+def test_rows_beyond_the_limit_are_counted(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, said = status(capfd, f"runs=[{out / 'runs'}]", "limit=3")
+    table = said[: said.index("and 1 ")]
+    assert "and 1 completed, 1 lost (limit=null shows all)" in said
+    assert "completed" not in table.split("\n", 2)[2]
+
+
+def test_json_in_a_file_beside_the_table(
+    out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, said = status(capfd, f"runs=[{out / 'runs'}]", f"json={tmp_path / 'new' / 'status.json'}")
+    assert "5 runs" in said
+    assert json.loads((tmp_path / "new/status.json").read_text())["counts"]["diverged"] == 2
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["status.json"]
