@@ -73,7 +73,9 @@ def _verdict(row: Row) -> Text:
 
 
 def _alarms(row: Row) -> Text:
-    return Text(f"{len(row.alerts)}" if row.alerts else "", style="yellow")
+    """How many, and of what: ``3 loss_spike, clip_share``."""
+    names = ", ".join(dict.fromkeys(alert.name.rsplit("/", 1)[-1] for alert in row.alerts))
+    return Text(f"{len(row.alerts)} {names}" if row.alerts else "", style="yellow")
 
 
 def _tries(row: Row) -> Text:
@@ -107,7 +109,7 @@ def _columns(plain: bool) -> list[_Column]:
         _Column("train", lambda row: _number(row.tail.loss if row.tail else None)),
         _Column("val", lambda row: _number(row.tail.val_loss if row.tail else None)),
         _Column("so far", _verdict, right=False),
-        _Column("alarms", _alarms),
+        _Column("alarms", _alarms, right=False, least=6),
         _Column("tokens/s", _rate, from_width=_WIDE),
         _Column("left", lambda row: Text(duration(row.left))),
         _Column("tries", _tries),
