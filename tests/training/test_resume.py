@@ -184,14 +184,6 @@ def test_a_new_name_starts_anew(configure, tmp_path):
     assert read_lines(folder / "attempts.jsonl")[0]["step"] == 0
 
 
-def test_an_attempt_says_by_which_words_it_was_started(configure, tmp_path, monkeypatch):
-    monkeypatch.setenv("QTRAIN_STARTED_WITH", '["w=int8_row", "seed=0"]')
-    _, folder = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=1")))
-    monkeypatch.delenv("QTRAIN_STARTED_WITH")
-    train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=2")))
-    assert [a["overrides"] for a in read_lines(folder / "attempts.jsonl")] == [["w=int8_row", "seed=0"], None]
-
-
 def test_an_attempt_says_which_job_it_was(configure, tmp_path, monkeypatch):
     settings = [*SMALL, *AGAIN, "checkpoint_every_steps=1"]
     _, folder = train(assemble(configure(tmp_path, *settings, "steps=1")))
@@ -333,6 +325,14 @@ def test_a_file_where_the_checkpoints_belong_is_refused(whole, configure, tmp_pa
     with pytest.raises(StartRefused, match=r"checkpoints is a file, where the folder of checkpoints belongs"):
         train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
     assert files == everything(folder)
+
+
+def test_an_attempt_says_by_which_words_it_was_started(configure, tmp_path, monkeypatch):
+    monkeypatch.setenv("QTRAIN_STARTED_WITH", '["w=int8_row", "seed=0"]')
+    _, folder = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=1")))
+    monkeypatch.delenv("QTRAIN_STARTED_WITH")
+    train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=2")))
+    assert [a["overrides"] for a in read_lines(folder / "attempts.jsonl")] == [["w=int8_row", "seed=0"], None]
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "config.yaml"])
