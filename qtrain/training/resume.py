@@ -235,13 +235,13 @@ def _recorded(start: Start, previous: Mapping[str, Any] | None, attempts: list[d
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "pid": os.getpid(),
+        "overrides": json.loads(os.environ.get(STARTED_WITH, "null")),
         "step": start.step,
         "checkpoint": None if start.checkpoint is None else str(start.checkpoint),
         "refused": list(start.refused),
         "previous": None if previous is None else previous.get("message"),
         "git_commit": versions()["git_commit"],
         "slurm": None if job is None else asdict(job),
-        "overrides": json.loads(os.environ.get(STARTED_WITH, "null")),
     }
     append_line(start.folder / ATTEMPTS, row)
     return replace(start, run_id=run_id)
