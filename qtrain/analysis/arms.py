@@ -14,7 +14,7 @@ from typing import Any
 from .run_records import RunRecord
 
 # Keys of a config that no loss depends on, or that a seed or a place sets
-_NOT_OF_THE_ARM = frozenset((
+NOT_OF_THE_ARM = frozenset((
     "seed", "run", "out", "resume", "allow_changed", "allow_targets", "baseline", "logger", "callbacks", "trainer",
     "device", "compile", "sample", "checkpoint_every_steps", "micro_batch_sequences", "activation_checkpointing", "sweep",
 ))  # fmt: skip
@@ -60,7 +60,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _own(run: RunRecord) -> dict[str, Any]:
-    config = {k: v for k, v in run.config.items() if k not in _NOT_OF_THE_ARM}
+    config = {k: v for k, v in run.config.items() if k not in NOT_OF_THE_ARM}
     data = config.get("data")
     if isinstance(data, Mapping):
         config["data"] = {k: v for k, v in data.items() if k not in _NOT_OF_THE_DATA}

@@ -112,13 +112,14 @@ def read_run(folder: Path) -> RunRecord:
     its folder's names and seed -1."""
     config = None
     try:
-        config = _config(folder / _CONFIG)
+        config = read_config(folder / _CONFIG)
         return _read(folder, config)
     except (ValueError, KeyError, TypeError, OSError) as error:
         return unreadable(folder, error, config)
 
 
-def _config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """A run's config.yaml. Raises ValueError where it is none, FileNotFoundError without one."""
     import yaml
 
     try:

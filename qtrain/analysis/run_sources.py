@@ -64,6 +64,15 @@ def places(runs: Sequence[str]) -> list[Path | str]:
     return list(found)
 
 
+def run_folders(runs: Sequence[str]) -> list[Path]:
+    """Those of ``places`` that are folders of runs of ours. Raises ValueError as ``places`` does."""
+    return [
+        p
+        for p in places(runs)
+        if isinstance(p, Path) and p.is_dir() and not (_is_offline(p) and not _is_run(p))
+    ]
+
+
 def read_all(found: Sequence[Path | str]) -> list[RunRecord]:
     """The records of what ``places`` found, W&B's after the folders'. Raises ValueError as ``read_online``."""
     online = [p for p in found if isinstance(p, str)]

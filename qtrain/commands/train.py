@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -78,13 +79,22 @@ def check(cfg: DictConfig) -> None:
         check_pretrained(parts.model_config)
 
 
+def started_with() -> list[str] | None:
+    """The words of the command line that this run, of a sweep this arm, was started with; None outside of a command."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+
+
 def run(cfg: DictConfig) -> int:
     """Train, in one process or in as many as ``trainer`` says. 0 where the run completed, 3 where it ended with a
     verdict. Raises Interrupted after a signal, once the state is saved."""
     from qtrain.training.launcher import launch
     from qtrain.training.processes import ProcessSettings
+    from qtrain.training.run_folder import STARTED_WITH
 
     config = plain(cfg)
+    os.environ[STARTED_WITH] = json.dumps(started_with())
     processes = ProcessSettings.of(config["trainer"])
     if processes.starts_others:
         return launch(config, f"{__name__}:run_rank", processes.devices)

@@ -3,12 +3,13 @@
 config.yaml versions.json attempts.jsonl surgery.txt plan.json census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
 window_losses.npy loss.png sample.txt summary.json verdict.json
 
-attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt
-before it ended, and what was refused on the way.
+attempts.jsonl has a line for each time that the run was started: when, where, in which job of SLURM, from which checkpoint,
+how the attempt before it ended, and what was refused on the way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import io
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -30,6 +32,8 @@ PACKAGES = ("qtrain", "torch", "lightning", "numpy", "hydra-core", "triton", "wa
 SUMMARY, VERDICT, CENSUS, ATTEMPTS = "summary.json", "verdict.json", "census.json", "attempts.jsonl"
 PLAN = "plan.json"  # of compute=auto: what was measured
 WINDOW_LOSSES = "window_losses.npy"  # [n] float32, nats per token of every validation window, in their order
+# The environment variable in which a command tells the run's processes the words of its command line, as a JSON list
+STARTED_WITH = "QTRAIN_STARTED_WITH"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
@@ -87,6 +91,36 @@ def lock_run(folder: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
+
+
+def is_trained(folder: Path) -> bool | None:
+    """Whether the process that took the run (``lock_run``) lives. None where that cannot be seen from here: it was one of
+    another machine, or nobody ever took the run.
+
+    The lock is not tried, since a run that starts in that moment would find it taken. Linux shows which files a process
+    holds open; where it does not (another system, another user), a process of that number counts.
+    """
+    try:
+        holder = re.match(r"process (\d+) on (\S+)", (folder / LOCK).read_text(encoding="utf-8"))
+        if holder is None or holder[2] != platform.node():
+            return None
+        os.kill(int(holder[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    except OSError:  # no lock
+        return None
+    lock = str((folder / LOCK).resolve())
+    try:
+        opened = list(Path(f"/proc/{holder[1]}/fd").iterdir())
+    except OSError:
+        return True
+    for descriptor in opened:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(descriptor) == lock:
+                return True
+    return False
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

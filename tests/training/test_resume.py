@@ -184,6 +184,26 @@ def test_a_new_name_starts_anew(configure, tmp_path):
     assert read_lines(folder / "attempts.jsonl")[0]["step"] == 0
 
 
+def test_an_attempt_says_which_job_it_was(configure, tmp_path, monkeypatch):
+    settings = [*SMALL, *AGAIN, "checkpoint_every_steps=1"]
+    _, folder = train(assemble(configure(tmp_path, *settings, "steps=1")))
+    job = {
+        "JOB_ID": "123",
+        "ARRAY_JOB_ID": "120",
+        "ARRAY_TASK_ID": "3",
+        "RESTART_COUNT": "1",
+        "JOB_NODELIST": "n0",
+    }
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    train(assemble(configure(tmp_path, *settings, "steps=2")))
+    first, second = read_lines(folder / "attempts.jsonl")
+    assert first["slurm"] is None
+    assert second["slurm"] == {
+        "job": "123", "array_job": "120", "array_task": 3, "restarts": 1, "nodes": "n0", "partition": None,
+    }  # fmt: skip
+
+
 def test_auto_needs_a_name(configure, tmp_path):
     with pytest.raises(ValueError, match=r"give it one, as in run=first"):
         assemble(configure(tmp_path, "resume=auto"))
@@ -305,6 +325,14 @@ def test_a_file_where_the_checkpoints_belong_is_refused(whole, configure, tmp_pa
     with pytest.raises(StartRefused, match=r"checkpoints is a file, where the folder of checkpoints belongs"):
         train(assemble(configure(tmp_path, *SMALL, *AGAIN)))
     assert files == everything(folder)
+
+
+def test_an_attempt_says_by_which_words_it_was_started(configure, tmp_path, monkeypatch):
+    monkeypatch.setenv("QTRAIN_STARTED_WITH", '["w=int8_row", "seed=0"]')
+    _, folder = train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=1")))
+    monkeypatch.delenv("QTRAIN_STARTED_WITH")
+    train(assemble(configure(tmp_path, *SMALL, *AGAIN, "steps=2")))
+    assert [a["overrides"] for a in read_lines(folder / "attempts.jsonl")] == [["w=int8_row", "seed=0"], None]
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "config.yaml"])
