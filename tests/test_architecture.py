@@ -2,8 +2,8 @@
 
     commands -> training, methods, analysis -> nn, optim, data, models -> quant -> qtrain_kernels
 
-and each heavy or optional library in its own place. ``breaches`` takes sources, so that it is tested on
-sources that break each rule.
+``cluster`` imports the standard library alone, and training, analysis and commands may import it. Each heavy or
+optional library stands in its own place. ``breaches`` takes sources, so that it is tested on sources that break each rule.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ LIMIT_FILE, LIMIT_FUNCTION = 400, 80  # lines; bodies of Triton kernels are not 
 
 LOWEST = {"quant", "kernels"}
 MIDDLE = {"nn", "optim", "data", "models"}
-UPPER = {"training", "methods", "analysis"}
+UPPER = {"training", "methods", "analysis", "cluster"}
 # room -> the rooms that it may import besides itself
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "quant": {"kernels"},
+    "cluster": set(),
     "models": {"kernels"},  # a model knows nothing of quantization
     **dict.fromkeys(("nn", "optim", "data"), LOWEST),
-    **dict.fromkeys(("methods", "analysis"), LOWEST | MIDDLE),
-    "training": LOWEST | MIDDLE | {"analysis", "methods"},
+    "methods": LOWEST | MIDDLE,
+    "analysis": LOWEST | MIDDLE | {"cluster"},
+    "training": LOWEST | MIDDLE | {"analysis", "methods", "cluster"},
     "commands": LOWEST | MIDDLE | UPPER,
     "top": {"commands"},
 }
@@ -89,6 +91,8 @@ def _import_breach(path: str, name: str) -> str | None:
         return "quant imports torch and the standard library alone"
     if room == "quant" and target == "kernels" and parts[1] != "counter_hash":
         return "of the kernels, quant imports counter_hash alone"
+    if room == "cluster" and top not in {"qtrain", *sys.stdlib_module_names}:
+        return "cluster imports the standard library alone"
     if target is not None and target != room and target not in ROOMS[room]:
         return f"{room} may import {', '.join(sorted(ROOMS[room])) or 'no other room'}"
     allowed = LIBRARIES.get(top)
@@ -155,6 +159,9 @@ def test_nobody_imports_what_is_not_theirs() -> None:
         ("qtrain/data/a.py", "import importlib\nimportlib.import_module('qtrain.training.fit')", "data may import"),
         ("qtrain/training/a.py", "from qtrain.commands import train", "training may import"),
         ("qtrain/nn/a.py", "def f():\n    import lightning", "lightning belongs to training"),
+        ("qtrain/cluster/a.py", "import numpy", "cluster imports the standard library alone"),
+        ("qtrain/cluster/a.py", "from qtrain.training import x", "cluster may import no other room"),
+        ("qtrain/nn/a.py", "from qtrain.cluster import queue", "nn may import"),
         ("qtrain/commands/a.py", "from lightning.pytorch import Trainer", "lightning belongs to training"),
         ("qtrain/training/a.py", "import pytorch_lightning", "belongs to nobody"),
         ("qtrain/training/a.py", "from omegaconf import DictConfig", "omegaconf belongs to commands, top"),
@@ -226,7 +233,7 @@ def loaded_after(*arguments: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("room", ["quant", "nn", "optim", "models", "data", "methods", "analysis"])
+@pytest.mark.parametrize("room", ["cluster", "quant", "nn", "optim", "models", "data", "methods", "analysis"])
 def test_rooms_import_nothing_heavy(room: str) -> None:
     assert loaded_after(f"qtrain.{room}") & set(HEAVY) == set()
 

@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qtrain.analysis.instrument_records import INSTRUMENTS, rewound_instruments
+from qtrain.cluster.slurm_job import SlurmJob
 
 from .assembly import Assembly
 from .callbacks.metrics_jsonl import METRICS, rewound_metrics
@@ -226,6 +227,7 @@ def _recorded(start: Start, previous: Mapping[str, Any] | None, attempts: list[d
     """``start`` with its run's id, written down as one more attempt after ``attempts``. previous: the verdict of the
     one before."""
     run_id = attempts[0]["run_id"] if attempts else secrets.token_hex(4)
+    job = SlurmJob.here()
     row = {
         "attempt": len(attempts) + 1,
         "run_id": run_id,
@@ -237,6 +239,7 @@ def _recorded(start: Start, previous: Mapping[str, Any] | None, attempts: list[d
         "refused": list(start.refused),
         "previous": None if previous is None else previous.get("message"),
         "git_commit": versions()["git_commit"],
+        "slurm": None if job is None else asdict(job),
     }
     append_line(start.folder / ATTEMPTS, row)
     return replace(start, run_id=run_id)

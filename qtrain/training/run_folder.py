@@ -3,8 +3,8 @@
 config.yaml versions.json attempts.jsonl surgery.txt plan.json census.json metrics.jsonl instruments.jsonl checkpoints/ wandb/
 window_losses.npy loss.png sample.txt summary.json verdict.json
 
-attempts.jsonl has a line for each time that the run was started: when, where, from which checkpoint, how the attempt
-before it ended, and what was refused on the way.
+attempts.jsonl has a line for each time that the run was started: when, where, in which job of SLURM, from which checkpoint,
+how the attempt before it ended, and what was refused on the way.
 """
 
 from __future__ import annotations

@@ -184,6 +184,26 @@ def test_a_new_name_starts_anew(configure, tmp_path):
     assert read_lines(folder / "attempts.jsonl")[0]["step"] == 0
 
 
+def test_an_attempt_says_which_job_it_was(configure, tmp_path, monkeypatch):
+    settings = [*SMALL, *AGAIN, "checkpoint_every_steps=1"]
+    _, folder = train(assemble(configure(tmp_path, *settings, "steps=1")))
+    job = {
+        "JOB_ID": "123",
+        "ARRAY_JOB_ID": "120",
+        "ARRAY_TASK_ID": "3",
+        "RESTART_COUNT": "1",
+        "JOB_NODELIST": "n0",
+    }
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    train(assemble(configure(tmp_path, *settings, "steps=2")))
+    first, second = read_lines(folder / "attempts.jsonl")
+    assert first["slurm"] is None
+    assert second["slurm"] == {
+        "job": "123", "array_job": "120", "array_task": 3, "restarts": 1, "nodes": "n0", "partition": None,
+    }  # fmt: skip
+
+
 def test_auto_needs_a_name(configure, tmp_path):
     with pytest.raises(ValueError, match=r"give it one, as in run=first"):
         assemble(configure(tmp_path, "resume=auto"))
