@@ -30,7 +30,16 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES, CPUS = 2, 4  # what SLURM believes; the machine may have fewer cores
-FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+FINAL = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+}
 
 CONF = """\
 ClusterName=qtrain
@@ -123,7 +132,9 @@ class Slurm:
     def run(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def sbatch(self, *arguments: str, cwd: Path) -> str:
@@ -181,7 +192,11 @@ def running(root: Path, kill_wait: int = 5) -> Iterator[Slurm]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     munged = ["munged", "--foreground", "--force", f"--socket={root}/munge.sock", f"--key-file={key}"]
-    munged += [f"--pid-file={root}/munged.pid", f"--log-file={root}/log/munged.log", f"--seed-file={root}/munge.seed"]
+    munged += [
+        f"--pid-file={root}/munged.pid",
+        f"--log-file={root}/log/munged.log",
+        f"--seed-file={root}/munge.seed",
+    ]
     slurm = Slurm(root, environment)
     daemons: list[subprocess.Popen[bytes]] = []
 
