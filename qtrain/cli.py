@@ -141,6 +141,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _command(name: str, rest: list[str]) -> int:
+    from qtrain import submission
     from qtrain.hydra_section import check_primary
     from qtrain.overrides import Overrides, UserError
 
@@ -165,7 +166,10 @@ def _command(name: str, rest: list[str]) -> int:
             return 0
         if options.cfg:
             return _print_config(checks, options.multirun)
-        _check_all(module, checks, options.multirun, options.allow_target)
+        typed = words
+        words = submission.prepare(module, words, checks, multirun=options.multirun)
+        checks = Overrides(hydra.config_loader, module.CONFIG, words)
+        _check_all(module, checks, options.multirun, options.allow_target, typed)
         job = functools.partial(_job, ENTRIES[name][0], tuple(options.allow_target))
         return _launch(hydra, job, module.CONFIG, words, checks, options.multirun)
 
@@ -209,32 +213,49 @@ def _hydra(name: str, users_configs: str | None) -> Iterator[Any]:
         GlobalHydra.instance().clear()
 
 
-def _check_all(module: ModuleType, checks: Overrides, multirun: bool, allowed: Sequence[str]) -> None:
-    """Every run of the command line, before the first one starts. Raises UserError."""
+def _check_all(
+    module: ModuleType, checks: Overrides, multirun: bool, allowed: Sequence[str], typed: Sequence[str]
+) -> None:
+    """Every run of the command line, before the first one starts. typed: the overrides without those that a submission
+    adds. Raises UserError."""
+    from qtrain import submission
     from qtrain.hydra_section import check_hydra, is_typed
     from qtrain.overrides import UserError, reason, resolved
     from qtrain.targets import check_targets
 
     runs = checks.combinations(multirun=multirun)
-    composed = []
+    composed, plain = [], []
     for i, overrides in enumerate(runs):
         config = checks.compose(overrides)
         _as_job(config, i)
-        check_targets(resolved(config), allowed)
+        plain.append(resolved(config))
+        check_targets(plain[-1], allowed)
         check_hydra(config.hydra, allowed, checks.overrides)
         if config.get("allow_targets") and not is_typed("allow_targets", checks.overrides):
             raise UserError("allow_targets: what is trusted is said on the command line, not in a config")
         composed.append(config)
+    launcher = submission.section(_base(checks), checks) if multirun else None
+    check = module.check if launcher is None else submission.check_of(module)
     for overrides, config in zip(runs, composed, strict=True):
         _set_hydra_config(config)
         try:
-            module.check(_task_config(config))
+            check(_task_config(config))
         except Exception as error:
             if not _is_users(error):
                 raise
             which = " ".join(o for o in overrides if not o.startswith("hydra"))
             where = f" (in the run {which})" if len(runs) > 1 else ""
             raise UserError(f"{reason(error)}{where}") from error
+    if launcher is not None:
+        submission.check_arms(plain, launcher, new=submission.RESUME in set(checks.overrides) - set(typed))
+
+
+def _base(checks: Overrides) -> DictConfig:
+    """The config from which Hydra builds launcher and sweeper of a sweep."""
+    from hydra.types import RunMode
+
+    words = _deferred(checks.overrides, checks)
+    return checks.loader.load_configuration(checks.config_name, words, RunMode.MULTIRUN)
 
 
 def _is_users(error: BaseException) -> bool:
@@ -349,4 +370,7 @@ def _command_help(name: str, module: ModuleType, checks: Overrides) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # What a launcher sends to other machines then lies in qtrain.cli, which they can import
+    from qtrain.cli import main as imported
+
+    sys.exit(imported())

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "analysis": LOWEST | MIDDLE | {"cluster"},
     "training": LOWEST | MIDDLE | {"analysis", "methods", "cluster"},
     "commands": LOWEST | MIDDLE | UPPER,
-    "top": {"commands"},
+    "top": {"commands", "cluster"},
 }
 # library -> rooms or files that may import it; a library that is not named here may stand anywhere
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -45,6 +45,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "wandb": ("training", "qtrain/analysis/wandb_runs.py", "qtrain/analysis/comparison_wandb.py"),
     "wandb_workspaces": ("qtrain/analysis/comparison_wandb.py",),
     "triton": ("kernels",),
+    "submitit": ("qtrain/slurm_launcher.py",),
+    "hydra_plugins": ("qtrain/slurm_launcher.py",),
 }
 BAD_NAMES = ("utils.py", "helpers.py", "misc.py", "common.py")
 QUANT_MAY = {"torch", "qtrain", "qtrain_kernels", *sys.stdlib_module_names}
@@ -169,6 +171,9 @@ def test_nobody_imports_what_is_not_theirs() -> None:
         ("qtrain/optim/adamw.py", "import bitsandbytes as b", "bitsandbytes belongs to qtrain/optim/bnb.py"),
         ("qtrain/analysis/error.py", "import wandb", "wandb belongs to training"),
         ("qtrain/nn/a.py", "import triton.language as tl", "triton belongs to kernels"),
+        ("qtrain/cli.py", "import submitit", "submitit belongs to qtrain/slurm_launcher.py"),
+        ("qtrain/submission.py", "from hydra_plugins.x import y", "hydra_plugins belongs to qtrain/slurm_launcher.py"),
+        ("qtrain/cluster/a.py", "import submitit", "cluster imports the standard library alone"),
         ("qtrain/nn/utils.py", "", "named after what it knows"),
         ("qtrain/nn/a.py", "x = 1\n" * (LIMIT_FILE + 1), f"{LIMIT_FILE + 1} lines of {LIMIT_FILE}"),
         ("qtrain/nn/a.py", "def f():\n" + "    x = 1\n" * LIMIT_FUNCTION, f"f has {LIMIT_FUNCTION + 1} lines"),
@@ -184,6 +189,10 @@ def test_a_breach_is_found(path: str, source: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
+        (
+            "qtrain/slurm_launcher.py",
+            "import submitit\nfrom hydra_plugins.x import y\nfrom qtrain.cluster.queue import z",
+        ),
         (
             "qtrain/quant/a.py",
             "from qtrain_kernels.counter_hash import uniform\nimport math, torch\nfrom . import spec",

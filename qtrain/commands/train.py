@@ -60,6 +60,15 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with the values, before data are read. Raises ValueError or TypeError."""
+    _check(cfg, here=True)
+
+
+def check_elsewhere(cfg: DictConfig) -> None:
+    """``check`` for a run of another machine, whose devices and processes are not asked of this one."""
+    _check(cfg, here=False)
+
+
+def _check(cfg: DictConfig, *, here: bool) -> None:
     from qtrain.models.decoder import DecoderConfig
     from qtrain.models.hf_folder import check_pretrained
     from qtrain.training.assembly import assemble, resolved_device
@@ -69,9 +78,10 @@ def check(cfg: DictConfig) -> None:
 
     config = plain(cfg)
     check_logger(config["logger"])
-    parts = assemble(config)
+    parts = assemble(config, here=here)
     settings = parts.settings
-    parts.processes.check(resolved_device(settings.device))
+    if here:
+        parts.processes.check(resolved_device(settings.device))
     if settings.baseline is not None:
         reference_run(settings.baseline, settings.out)
     check_resume(settings)

@@ -169,16 +169,19 @@ def _check_fit(parts: Assembly) -> None:
             recipe.wgrad.transform.check(tokens, "wgrad contracts the tokens of a micro-batch")
 
 
-def _check_compute(recipe: ModelRecipe, device: str) -> None:
+def _check_compute(recipe: ModelRecipe, device: str | None) -> None:
     """What ``compute=native`` asks for and cannot have, and a choice of CPU kernels that cannot run, before data are
-    read; surgery then says which layer it is."""
+    read; surgery then says which layer it is. device: None for that of another machine."""
     if recipe.compute == "simulated":
         return
     if device == "cpu":
         tier()
     if recipe.compute == "native":
         for linear in (recipe.linear, *(rule.recipe for rule in recipe.rules)):
-            if linear is not None and (found := obstacles(linear) or [missing_on(device, linear)])[0]:
+            if linear is None:
+                continue
+            found = obstacles(linear) or ([] if device is None else [missing_on(device, linear)])
+            if found and found[0]:
                 raise ValueError(f"compute=native: {'; '.join(found)}; or pass compute=simulated")
 
 
@@ -267,9 +270,10 @@ def _mixture(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> DataPlan
     return Mixture(parts)
 
 
-def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Assembly:
+def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None, *, here: bool = True) -> Assembly:
     """The parts of the run that ``config`` describes, checked alone and against each other. tokenizer: in
-    the place of the one that ``config`` names, as where a checkpoint brings it.
+    the place of the one that ``config`` names, as where a checkpoint brings it. here: whether this machine will run it, and
+    has to have what it takes.
 
     Raises ValueError or TypeError, naming the value, what is allowed and the remedy.
     """
@@ -292,6 +296,7 @@ def assemble(config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> A
         data=data,
     )
     _check_fit(parts)
-    _check_machine(parts.settings)
-    _check_compute(parts.recipe, resolved_device(parts.settings.device))
+    if here:
+        _check_machine(parts.settings)
+    _check_compute(parts.recipe, resolved_device(parts.settings.device) if here else None)
     return parts

@@ -1,0 +1,214 @@
+"""Hydra's launcher for SLURM: the arms of a sweep as one job array, by submitit.
+
+An arm is a pickled call of this launcher, which composes the arm's config on the node as it was composed here and runs the
+command. What differs from hydra-submitit-launcher's own:
+
+- The array's shape follows from the runs (``qtrain.cluster.allocation``).
+- A signal is the run's to answer, not submitit's: USR1, which qtrain takes (submitit's own is USR2), and the batch script
+  asks for another attempt where one is due (``qtrain.cluster.requeue``).
+- An arm's exit status is that of its job, so that SLURM's accounts say what failed, and no result is unpickled.
+- ``SWEEP/sweep.json`` says which job is which run, and waiting shows what becomes of them.
+
+Only ``qtrain.submission.plugin`` imports this, since both libraries are optional.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import submitit
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as Base
+from omegaconf import OmegaConf, open_dict
+
+from qtrain import interrupts
+from qtrain.cluster.allocation import Request, Shape
+from qtrain.cluster.queue import JobState, ask_slurm
+from qtrain.cluster.sweep_file import Arm, write_sweep
+from qtrain.overrides import UserError
+from qtrain.submission import run_folder, shape_of
+
+
+class SlurmLauncher(Base):
+    """See configs/hydra/launcher/slurm.yaml for its arguments."""
+
+    def __call__(
+        self, sweep_overrides: list[str], job_dir_key: str, job_num: int, job_id: str, singleton_state: Any
+    ) -> JobReturn:
+        """On a node: one process of one arm. Ends the process, unless the exit status is 0."""
+        try:
+            with interrupts.listen():
+                done = super().__call__(sweep_overrides, job_dir_key, job_num, job_id, singleton_state)
+        except interrupts.Interrupted as stop:
+            print(stop, file=sys.stderr)
+            code = interrupts.exit_code(stop.signum)
+            interrupts.end_soon(code)
+            sys.exit(code)
+        if done.status != JobStatus.COMPLETED:
+            sys.exit(1)  # it has printed its trace
+        if done.return_value:
+            sys.exit(done.return_value)
+        return done
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Submits, and waits where that is asked for. Raises UserError where SLURM refuses the jobs."""
+        assert self.config is not None
+        if initial_job_idx:
+            raise UserError(
+                "hydra.sweeper.max_batch_size cuts the sweep up, and an array is submitted whole: leave it out; "
+                "hydra.launcher.array_parallelism says how many arms run at once"
+            )
+        configs = [self._arm(number, overrides) for number, overrides in enumerate(job_overrides)]
+        asked = Request.of(self.params)
+        shape = shape_of(configs, asked)
+        sweep = Path(str(self.config.hydra.sweep.dir)).absolute()
+        sweep.mkdir(parents=True, exist_ok=True)
+        jobs = self._submit(job_overrides, asked, shape)
+        arms = [
+            Arm(number, job.job_id, _words(overrides, config), str(run_folder(config)), str(job.paths.stdout))
+            for number, (job, overrides, config) in enumerate(zip(jobs, job_overrides, configs, strict=True))
+        ]
+        array = jobs[0].job_id.partition("_")[0]
+        path = write_sweep(sweep, str(self.config.hydra.job.name), array, arms, Path.cwd())
+        print(f"submitted job {array}: {len(arms)} run(s), {path}", flush=True)
+        if asked.wait:
+            codes = wait_for(arms, asked.poll_seconds, array)
+        else:
+            print(f"they run by themselves: qtrain status shows them, scancel {array} ends them")
+            codes = [0] * len(arms)
+        return [_ended(overrides, code) for overrides, code in zip(job_overrides, codes, strict=True)]
+
+    def _arm(self, number: int, overrides: Sequence[str]) -> dict[str, Any]:
+        """The plain config of one arm."""
+        from hydra.core.hydra_config import HydraConfig
+
+        assert self.hydra_context is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config.hydra.job):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        HydraConfig.instance().set_config(config)
+        shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        container: Any = OmegaConf.to_container(shown, resolve=True)
+        return container
+
+    def _submit(self, job_overrides: Sequence[Sequence[str]], asked: Request, shape: Shape) -> list[Any]:
+        assert self.config is not None
+        try:
+            executor = submitit.SlurmExecutor(
+                folder=asked.folder, max_num_timeout=0, python=asked.interpreter()
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"hydra/launcher=slurm: {error} hydra/launcher=submitit_local runs the sweep on this machine"
+            ) from error
+        options = asked.options(shape, str(self.config.hydra.job.name))
+        executor.update_parameters(
+            # What submitit counts with; the others go to the script as they are
+            nodes=options.pop("nodes"),
+            ntasks_per_node=options.pop("ntasks-per-node"),
+            time=options.pop("time"),
+            job_name=options.pop("job-name"),
+            array_parallelism=asked.array_parallelism,
+            stderr_to_stdout=True,
+            wckey="qtrain",
+            setup=asked.before(),
+            teardown=asked.after(),
+            srun_args=list(asked.srun),
+            additional_parameters=options,
+        )
+        state = Singleton.get_state()
+        calls = [
+            (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", state)
+            for number, overrides in enumerate(job_overrides)
+        ]
+        try:
+            return executor.map_array(self, *zip(*calls, strict=True))
+        except submitit.core.utils.FailedJobError as error:
+            shutil.rmtree(asked.folder)
+            said = str(error).strip().splitlines()
+            raise UserError(f"SLURM did not take the jobs: {said[-1] if said else error}") from error
+
+
+def _words(overrides: Sequence[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arm's overrides, the run's name written out: by hand they go on with the very run."""
+    return (
+        *(word for word in filter_overrides(overrides) if not word.startswith("run=")),
+        f"run={config['run']}",
+    )
+
+
+def _ended(overrides: Sequence[str], code: int) -> JobReturn:
+    done = JobReturn(overrides=list(filter_overrides(overrides)), status=JobStatus.COMPLETED)
+    done.return_value = code
+    return done
+
+
+def exit_status(state: JobState) -> int:
+    """Of an arm whose job has ended: the run's own, 130 where somebody cancelled it, 128 + n where signal n ended it, and 1
+    where SLURM did (TIMEOUT, NODE_FAIL, ...)."""
+    if state.state == "COMPLETED":
+        return 0
+    if state.state == "CANCELLED":
+        return 130
+    words = (state.exit_code or "").split()
+    if len(words) == 2:
+        return 128 + int(words[1])
+    return int(words[0]) if words and words[0] != "0" else 1
+
+
+def wait_for(arms: Sequence[Arm], poll_seconds: float, array: str) -> list[int]:
+    """Waits until all arms have ended, and prints what becomes of each. Returns their exit statuses. A signal ends the
+    waiting and leaves the jobs."""
+    known: dict[str, str] = {}
+    codes: dict[str, int] = {}
+    missing: dict[str, int] = {}
+    notes: set[str] = set()
+    common = set.intersection(*(set(arm.overrides) for arm in arms)) if len(arms) > 1 else set()
+    try:
+        while True:
+            queue = ask_slurm(arm.job for arm in arms if arm.job not in codes)
+            for note in set(queue.notes) - notes:
+                print(f"qtrain: {note}", file=sys.stderr, flush=True)
+            notes |= set(queue.notes)
+            for arm in arms:
+                state = queue.jobs.get(arm.job)
+                if arm.job in codes:
+                    continue
+                if state is None:
+                    missing[arm.job] = missing.get(arm.job, 0) + (1 if queue.asked else 0)
+                    if missing[arm.job] >= 3:
+                        print(
+                            f"{arm.job} is unknown to SLURM; how it ended stands in {arm.log}",
+                            file=sys.stderr,
+                        )
+                        codes[arm.job] = 1
+                    continue
+                if known.get(arm.job) != state.state:
+                    known[arm.job] = state.state
+                    print(_line(arm, state, common), flush=True)
+                if state.ended:
+                    codes[arm.job] = exit_status(state)
+            if len(codes) == len(arms):
+                return [codes[arm.job] for arm in arms]
+            time.sleep(poll_seconds)
+    except interrupts.Interrupted:
+        print(
+            f"no longer waiting; the jobs go on: qtrain status shows them, scancel {array} ends them",
+            file=sys.stderr,
+        )
+        raise
+
+
+def _line(arm: Arm, state: JobState, common: Set[str]) -> str:
+    """common: overrides that need no mention, since all arms have them."""
+    code = f", exit code {state.exit_code}" if state.exit_code and state.state == "FAILED" else ""
+    reason = f" ({state.reason})" if state.waiting and state.reason else ""
+    log = f"; {arm.log}" if state.ended and state.state != "COMPLETED" else ""
+    words = " ".join(word for word in arm.overrides if word not in common and not word.startswith("run="))
+    return f"{time.strftime('%H:%M:%S')} {arm.job} {state.state}{code}{reason}  {words}{log}"
