@@ -12,6 +12,7 @@ and may have ``POSITIONAL``, the key that a bare word sets (``qtrain bench step`
 
 ENTRIES: dict[str, tuple[str, str]] = {
     "train": ("qtrain.commands.train", "pre-train a model; with -m, every combination of a sweep"),
+    "plan": ("qtrain.commands.plan", "what a run would take: memory, time, cost, and what each recipe saves"),
     "prepare": ("qtrain.commands.prepare", "tokenize a corpus ahead of a run"),
     "evaluate": ("qtrain.commands.evaluate", "measure the loss of a trained model on held-out text"),
     "generate": ("qtrain.commands.generate", "continue a text with a trained model"),
