@@ -120,6 +120,17 @@ def _device(config: dict[str, Any], measure: bool) -> Any:
     return dataclasses.replace(calibrated(scale=1.0 if measure else 1 / 64), **changed)
 
 
+def _named_device(name: str) -> Any:
+    """Of a file in configs/device."""
+    from omegaconf import OmegaConf
+
+    from qtrain.cli import config_dir
+    from qtrain.planning.devices import Device
+
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "device" / f"{name}.yaml"))
+    return Device.of(values)
+
+
 def _settings(config: dict[str, Any], processes: int, settings: Any) -> Any:
     """RunSettings; with a micro-batch of one sequence where none is given."""
     batch, micro = config["batch_sequences"], config["micro_batch_sequences"]
@@ -176,7 +187,7 @@ def run(cfg: DictConfig) -> int:
     if config["check"]:
         from qtrain.planning import check as checks
 
-        found = checks.measured()
+        found = checks.measured(_named_device("h200"))
         print(checks.table(found))
         if config["json"]:
             write_atomically(Path(config["json"]), json.dumps(checks.as_numbers(found), indent=1) + "\n")
