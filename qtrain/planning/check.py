@@ -3,7 +3,7 @@
     must be exact       parameters, gradients, optimizer states
     kept                what autograd keeps of a micro-batch: distinct storages (``qtrain.nn.saved_tensors``)
     peak                on CUDA the allocator's; on a CPU every storage from its birth to its death, which sees nothing inside of kernels
-    step                seconds, eager, medians; the machine's rates are measured just before
+    step                seconds, eager, medians; of a CPU processor time. The machine's rates are measured just before
     wire                bytes that leave a process in a step, two processes with gloo (``check_wire``)
 
 and one linear layer against times that were measured on an H200 (``published``).
@@ -12,7 +12,6 @@ and one linear layer against times that were measured on an H200 (``published``)
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from qtrain.quant import ModelRecipe
 
 from . import published
 from .budget import LAWS, Failures
-from .calibration import calibrated
+from .calibration import calibrated, clock
 from .check_wire import wire_bytes
 from .communication import Cluster, of_ddp, of_fsdp2
 from .devices import Device
@@ -161,16 +160,10 @@ class SmallRun:
         self.step()
         samples = []
         for _ in range(STEPS):
-            self._synchronize()
-            start = time.perf_counter()
+            start = clock(self.device_type)
             self.step()
-            self._synchronize()
-            samples.append(time.perf_counter() - start)
+            samples.append(clock(self.device_type) - start)
         return statistics.median(samples)
-
-    def _synchronize(self) -> None:
-        if self.device_type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _rows_of_run(point: str, plan: RunPlan, run: SmallRun, *, kept: bool, timed: bool) -> Iterator[Row]:
@@ -206,12 +199,14 @@ def rows_of_wire(device: Device) -> Iterator[Row]:
     model, _ = meta_model(config, RECIPES["none"])
     sharding = sharding_of(model, "fsdp2", 2)
     cluster = Cluster(device, 2)
+    # gloo reduces and scatters by a whole all-reduce: what a ring sends, once more
+    more = cluster.gather_bytes(sharding.weights)
     predicted = {
         "ddp": of_ddp(cluster, sharding.weights, 0.0, overlaps=True).sent_bytes,
-        "fsdp2": of_fsdp2(cluster, sharding.blocks, sharding.outer, 1, 0.0, 0.0).sent_bytes,
+        "fsdp2": of_fsdp2(cluster, sharding.blocks, sharding.outer, 1, 0.0, 0.0).sent_bytes + more,
     }
     for strategy, measured in wire_bytes(config, SEQUENCES // 2, TOKENS).items():
-        yield Row(f"llama, {strategy}, 2 processes", "sent by a process, a step", predicted[strategy], measured, "bytes")
+        yield Row(f"llama, {strategy}, 2 processes (gloo)", "sent by a process, a step", predicted[strategy], measured, "bytes")
 
 
 def rows_of_published(device: Device) -> Iterator[Row]:

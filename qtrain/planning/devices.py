@@ -22,7 +22,7 @@ class Device:
     name: for people. type: ``cuda`` or ``cpu``. capability: of CUDA, 9.0 for Hopper; None of a CPU. memory_gib: what programs
     can allocate. peak_tflops, gemm_tflops: dense, by precision (``bf16``, ``fp32``, ``int8``, ``fp8``): the data sheet's
     and what large GEMMs reach; a precision that is missing has no hardware. attention_tflops: of fused attention.
-    copy_gb_per_s: read plus written. quantize_fraction: of it, in kernels that quantize natively. kernel_us: of the device, a kernel. host_us: of Python and the dispatcher, an eager
+    copy_gb_per_s: read plus written. quantize_fraction: of it, in kernels that quantize natively. kernel_us: of the device, a kernel; gemm_us: a GEMM's, None for the same. host_us: of Python and the dispatcher, an eager
     operation. gpus_per_node; link_gb_per_s: a GPU's to its neighbours in the node, one direction, reached; node_gb_per_s: a node's to
     others, one direction, reached; link_us, node_us: latency of one hop. watts: at full load. price_per_hour: of one GPU, in whatever currency.
     measured: which of these numbers were measured, and where; sources: of the others.
@@ -45,6 +45,7 @@ class Device:
     node_gb_per_s: float
     link_us: float
     node_us: float
+    gemm_us: float | None = None
     capability: float | None = None
     watts: float | None = None
     price_per_hour: float | None = None
@@ -59,7 +60,7 @@ class Device:
         for name in ("kernel_us", "host_us", "link_us", "node_us"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"device.{name}={getattr(self, name)!r}: microseconds, 0 or more")
-        for name in ("watts", "price_per_hour"):
+        for name in ("watts", "price_per_hour", "gemm_us"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if isinstance(self.gpus_per_node, bool) or not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
@@ -95,12 +96,13 @@ class Device:
             return f"fp8 runs natively on GPUs of capability 9.0 and later, not on {self.name}"
         return ""
 
-    def gemm_seconds(self, precision: str, flops: float, nbytes: float, launches: int = 1) -> float:
+    def gemm_seconds(self, precision: str, flops: float, nbytes: float) -> float:
         """Raises ValueError for a precision that it does not multiply."""
         rate = self.gemm_tflops.get(precision)
         if rate is None:
             raise ValueError(f"{self.name} multiplies no {precision}")
-        return max(flops / (rate * 1e12), nbytes / (self.copy_gb_per_s * 1e9)) + launches * self.kernel_us * 1e-6
+        overhead = self.kernel_us if self.gemm_us is None else self.gemm_us
+        return max(flops / (rate * 1e12), nbytes / (self.copy_gb_per_s * 1e9)) + overhead * 1e-6
 
     def attention_seconds(self, flops: float, nbytes: float) -> float:
         return max(flops / (self.attention_tflops * 1e12), nbytes / (self.copy_gb_per_s * 1e9)) + self.kernel_us * 1e-6

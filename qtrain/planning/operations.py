@@ -34,7 +34,7 @@ _PRECISIONS = {
     torch.float8_e5m2: "fp8",
 }
 # Of the forward's operations, those of the backward: five products of S x S against two
-_BACKWARD_PRODUCTS = 2.5
+BACKWARD_PRODUCTS = 2.5
 # Reads one row, or one number, of many: an index and what it picks
 _PICKING = ("aten::embedding", "aten::nll_loss_forward", "aten::gather", "aten::index")
 # First for the maxima, then for the codes
@@ -177,7 +177,7 @@ def _attention(name: str, args: Any, inputs: list[Tensor]) -> tuple[str, float]:
     products = 2 * 2.0 * q.numel() * k.shape[-2]  # q k^T and p v
     causal = any(value is True for value in args)
     return _PRECISIONS.get(q.dtype, "fp32"), products * (0.5 if causal else 1.0) * (
-        _BACKWARD_PRODUCTS if backward else 1.0
+        BACKWARD_PRODUCTS if backward else 1.0
     )
 
 
