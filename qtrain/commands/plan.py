@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = "plan"
 _NUMBERS = ("tokens", "target_loss")
-_FLAGS = ("compile", "activation_checkpointing", "check")
+_FLAGS = ("compile", "trace_compiled", "activation_checkpointing", "check")
 # Keys that belong to a GPU's memory: what torch does not count, and what its allocator loses
 _MEMORY = ("overhead_gib", "margin_fraction")
 
@@ -75,7 +75,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         raise ValueError(f"scaling_law={config['scaling_law']!r}: allowed are {', '.join(LAWS)}")
     if config["tokens"] is not None and config["target_loss"] is not None:
         raise ValueError("tokens and target_loss: give one of them")
-    device = _device(config["device"], measure)
+    device = _device(config["device"], config["sequence_tokens"] if measure else None)
     processes = ProcessSettings.of(_gpus(config, device.gpus_per_node))
     settings = _settings(config, processes.world_size, RunSettings)
     model = dict(config["model"])
@@ -99,6 +99,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         sequence_tokens=settings.sequence_tokens,
         bf16=settings.precision == "bf16",
         compile=settings.compile,
+        trace_compiled=config["trace_compiled"],
         checkpointing=settings.activation_checkpointing,
         overhead_gib=float(config["overhead_gib"]) if device.type == "cuda" else 0.0,
         margin_fraction=float(config["margin_fraction"]),
@@ -109,7 +110,8 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     )
 
 
-def _device(config: dict[str, Any], measure: bool) -> Any:
+def _device(config: dict[str, Any], sequence_tokens: int | None) -> Any:
+    """sequence_tokens: of the attention that ``device=this`` measures; None: a moment's measurement, for checks."""
     from qtrain.planning.devices import Device
 
     if not config.get("calibrate"):
@@ -117,7 +119,8 @@ def _device(config: dict[str, Any], measure: bool) -> Any:
     from qtrain.planning.calibration import calibrated
 
     changed = {key: value for key, value in config.items() if key != "calibrate"}
-    return dataclasses.replace(calibrated(scale=1.0 if measure else 1 / 64), **changed)
+    found = calibrated(scale=1 / 64) if sequence_tokens is None else calibrated(sequence_tokens=min(sequence_tokens, 4096))
+    return dataclasses.replace(found, **changed)
 
 
 def _named_device(name: str) -> Any:

@@ -17,7 +17,7 @@ from .operations import BACKWARD_PRODUCTS
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of square GEMMs
 _ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of float32 in elementwise work
-_HEADS = {"cpu": (4, 8, 256, 64), "cuda": (8, 32, 2048, 128)}  # B, H, S, D of attention
+_HEADS = {"cpu": 32, "cuda": 256}  # B H of attention
 _SECONDS = 0.3  # of each measurement, at least three calls
 
 
@@ -99,13 +99,14 @@ def _quantize_bytes_per_s(x: torch.Tensor) -> float:
     return 6 * matrix.numel() / seconds
 
 
-def calibrated(device_type: str | None = None, *, scale: float = 1.0) -> Device:
-    """The device that is here: CUDA where there is some. scale: of the sizes, for tests. Takes seconds."""
+def calibrated(
+    device_type: str | None = None, *, sequence_tokens: int = 1024, head_width: int = 64, scale: float = 1.0
+) -> Device:
+    """The device that is here: CUDA where there is some. sequence_tokens, head_width: of attention, whose rate depends on
+    them much. scale: of the sizes, for tests. Takes seconds."""
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    b, h, s, d = _HEADS[kind]
-    q, k, v = (
-        torch.randn(b, h, max(16, int(s * scale)), d, device=kind, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
+    shape = (max(1, int(_HEADS[kind] * scale)) // 4 + 1, 4, max(16, int(sequence_tokens * scale)), head_width)
+    q, k, v = (torch.randn(shape, device=kind, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     attention = median_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q), kind)
     elementwise = _elementwise(kind, scale)
     quantize = _quantize_bytes_per_s(torch.randn(max(1024, int(_ELEMENTS[kind] * scale)), device=kind))

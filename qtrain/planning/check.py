@@ -36,12 +36,12 @@ from .operations import Tracker
 from .plan import Inputs, RunPlan, plan_run, sharding_of
 from .trace import meta_model, token_loss
 
-SEQUENCES, TOKENS = 8, 128
+SEQUENCES, TOKENS, HEAD_WIDTH = 8, 128, 64
 STEPS = 5  # timed
 MODELS: Mapping[str, Any] = {
-    "gpt": GPTConfig(vocab_size=1000, sequence_tokens=TOKENS, layers=3, heads=4, width=192),
+    "gpt": GPTConfig(vocab_size=1000, sequence_tokens=TOKENS, layers=3, heads=4, width=256),
     "llama": LlamaConfig(
-        vocab_size=1000, sequence_tokens=TOKENS, layers=3, heads=4, kv_heads=2, width=192, mlp_width=512
+        vocab_size=1000, sequence_tokens=TOKENS, layers=3, heads=4, kv_heads=2, width=256, mlp_width=688
     ),
 }
 _INT8 = {
@@ -90,7 +90,7 @@ def inputs_for(config: Any, device: Device, *, checkpointing: bool = False) -> I
     """One process, one micro-batch, eager."""
     return Inputs(
         model_config=config, make_optimizer=make_optimizer, weight_decay=0.1, device=device, gpus=1, strategy="none",
-        batch_sequences=SEQUENCES, micro_batch_sequences=SEQUENCES, sequence_tokens=TOKENS, bf16=True, compile=False,
+        batch_sequences=SEQUENCES, micro_batch_sequences=SEQUENCES, sequence_tokens=TOKENS, bf16=True, compile=False, trace_compiled=False,
         checkpointing=checkpointing, overhead_gib=0.0, margin_fraction=0.0, tokens=None, target_loss=None, law=LAWS["hoffmann"],
         failures=Failures(gpu_mtbf_hours=1e5, restart_minutes=1, write_gb_per_s=1),
     )  # fmt: skip
@@ -217,7 +217,7 @@ def rows_of_published(device: Device) -> Iterator[Row]:
 
 def measured(h200: Device | None = None, *, timed: bool = True) -> list[Row]:
     """All of it; minutes on a CPU. h200: for the numbers of kernels/README.md, None to leave them out."""
-    device = calibrated()
+    device = calibrated(sequence_tokens=TOKENS, head_width=HEAD_WIDTH)
     found = [*rows_of_memory(device, timed=timed)]
     if device.type == "cpu":
         found += rows_of_wire(device)

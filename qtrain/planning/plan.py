@@ -24,6 +24,7 @@ from qtrain.quant import LinearRecipe, ModelRecipe
 
 from .budget import Budget, Failures, Interval, ScalingLaw, budget, checkpoint_interval, tokens_of
 from .communication import NOTHING, Cluster, Communication, of_ddp, of_fsdp2
+from .compiled import compiled_blocks, with_compiled
 from .devices import GIB, Device
 from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory
 from .optimizer_states import Make, OptimizerBytes, local_elements, optimizer_bytes
@@ -40,7 +41,7 @@ class Inputs:
 
     model_config: a ``ModelConfig``. make_optimizer, weight_decay: of ``optimizer_bytes``. batch_sequences: a step, over all GPUs;
     micro_batch_sequences: a forward of one; 0: still to be chosen (``with_micro_batch``). sequence_tokens: of a sequence. bf16: autocast, else float32. strategy: ``none``,
-    ``ddp``, ``fsdp2``. overhead_gib, margin_fraction: of a GPU's memory that torch does not count (context, libraries),
+    ``ddp``, ``fsdp2``. trace_compiled: whether the compiler is asked what it keeps; else it is taken to keep what eager code does, more. overhead_gib, margin_fraction: of a GPU's memory that torch does not count (context, libraries),
     and of the peak that the allocator loses. tokens, target_loss: None or the user's. law, failures: of ``budget``.
     """
 
@@ -55,6 +56,7 @@ class Inputs:
     sequence_tokens: int
     bf16: bool
     compile: bool
+    trace_compiled: bool
     checkpointing: bool
     overhead_gib: float
     margin_fraction: float
@@ -155,6 +157,11 @@ class _Memory:
     def __init__(self, inputs: Inputs, recipe: ModelRecipe) -> None:
         self.inputs, self.recipe = inputs, recipe
         self.small, self.large = traced(inputs, recipe, 1), traced(inputs, recipe, 2)
+        if inputs.compile and inputs.trace_compiled:
+            blocks = compiled_blocks(
+                inputs.model_config, recipe, tokens=inputs.sequence_tokens, dtype=torch.bfloat16 if inputs.bf16 else torch.float32
+            )
+            self.small, self.large = with_compiled(self.small, blocks), with_compiled(self.large, blocks)
         self.model, _ = meta_model(inputs.model_config, recipe)
         self.sharding, self.optimizer = cache(self._sharding), cache(self._optimizer)
 

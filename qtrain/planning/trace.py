@@ -33,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
-from qtrain.nn.native_ops import obstacles
 from qtrain.nn.shared_codes import SharedCodes
 from qtrain.nn.surgery import SurgeryReport, apply_recipe
 from qtrain.quant import ModelRecipe
@@ -237,7 +236,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").mean()
 
 
-class _Recorder:
+class Recorder:
     """Runs pieces of one fake model."""
 
     def __init__(self, model: Any, dtype: torch.dtype, device_type: str) -> None:
@@ -359,7 +358,7 @@ def _gradient_bytes(model: nn.Module) -> int:
     return sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
 
 
-def _signature(block: nn.Module, recipes: Mapping[int, Any]) -> tuple[Any, ...]:
+def signature(block: nn.Module) -> tuple[Any, ...]:
     """Alike for blocks that compute alike."""
     return tuple(
         (name, type(module), tuple((k, None if p is None else tuple(p.shape)) for k, p in module._parameters.items()))
@@ -383,11 +382,11 @@ def trace_step(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(model, mode)
     with mode:
-        recorder = _Recorder(model, dtype, device_type)
+        recorder = Recorder(model, dtype, device_type)
         embed, head, call = recorder.outer(sequences, tokens)
         pieces: dict[tuple[Any, ...], tuple[Piece, int]] = {}
         for block in recorder.blocks:
-            key = _signature(block, {})
+            key = signature(block)
             if key in pieces:
                 piece, count = pieces[key]
                 pieces[key] = (piece, count + 1)
@@ -395,8 +394,3 @@ def trace_step(
                 pieces[key] = (recorder.block(block, call), 1)
     return StepTrace(embed, tuple(pieces.values()), head, sequences * tokens)
 
-
-def native_everywhere(recipe: ModelRecipe) -> bool:
-    """Whether every linear recipe of it has a native path."""
-    linears = [recipe.linear, *(rule.recipe for rule in recipe.rules)]
-    return all(not obstacles(linear) for linear in linears if linear is not None)
