@@ -1,6 +1,6 @@
 """Who may import whom, read from the source: imports inside functions count, ``if TYPE_CHECKING`` too.
 
-    commands -> training, methods, analysis -> nn, optim, data, models -> quant -> qtrain_kernels
+    commands -> training, methods, analysis, planning -> nn, optim, data, models -> quant -> qtrain_kernels
 
 and each heavy or optional library in its own place. ``breaches`` takes sources, so that it is tested on
 sources that break each rule.
@@ -21,14 +21,14 @@ LIMIT_FILE, LIMIT_FUNCTION = 400, 80  # lines; bodies of Triton kernels are not 
 
 LOWEST = {"quant", "kernels"}
 MIDDLE = {"nn", "optim", "data", "models"}
-UPPER = {"training", "methods", "analysis"}
+UPPER = {"training", "methods", "analysis", "planning"}
 # room -> the rooms that it may import besides itself
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "quant": {"kernels"},
     "models": {"kernels"},  # a model knows nothing of quantization
     **dict.fromkeys(("nn", "optim", "data"), LOWEST),
-    **dict.fromkeys(("methods", "analysis"), LOWEST | MIDDLE),
+    **dict.fromkeys(("methods", "analysis", "planning"), LOWEST | MIDDLE),
     "training": LOWEST | MIDDLE | {"analysis", "methods"},
     "commands": LOWEST | MIDDLE | UPPER,
     "top": {"commands"},
@@ -226,7 +226,9 @@ def loaded_after(*arguments: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("room", ["quant", "nn", "optim", "models", "data", "methods", "analysis"])
+@pytest.mark.parametrize(
+    "room", ["quant", "nn", "optim", "models", "data", "methods", "analysis", "planning"]
+)
 def test_rooms_import_nothing_heavy(room: str) -> None:
     assert loaded_after(f"qtrain.{room}") & set(HEAVY) == set()
 

@@ -37,7 +37,9 @@ def _check_values(config: dict[str, Any]) -> None:
             raise ValueError(f"{name}={config[name]!r}: true or false")
     for name in _NUMBERS:
         value = config[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not value > 0
+        ):
             raise ValueError(f"{name}={value!r}: a positive number, or null")
     for name in _MEMORY:
         value = config[name]
@@ -54,9 +56,13 @@ def _gpus(config: dict[str, Any], per_node: int) -> dict[str, Any]:
     if gpus is None:
         return trainer
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
-        raise ValueError(f"gpus={gpus!r}: a whole number, 1 or more, or null for trainer.devices * trainer.num_nodes")
+        raise ValueError(
+            f"gpus={gpus!r}: a whole number, 1 or more, or null for trainer.devices * trainer.num_nodes"
+        )
     if gpus > per_node and gpus % per_node:
-        raise ValueError(f"gpus={gpus}: nodes of {per_node}; take gpus={gpus // per_node * per_node}, or device.gpus_per_node")
+        raise ValueError(
+            f"gpus={gpus}: nodes of {per_node}; take gpus={gpus // per_node * per_node}, or device.gpus_per_node"
+        )
     return {**trainer, "devices": min(gpus, per_node), "num_nodes": max(1, gpus // per_node)}
 
 
@@ -64,7 +70,6 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     """measure: whether ``device=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
     TypeError for what cannot be planned."""
     from qtrain.planning.budget import LAWS, Failures
-    from qtrain.planning.devices import Device
     from qtrain.planning.plan import Inputs
     from qtrain.training.assembly import OptimizerParts, build
     from qtrain.training.processes import ProcessSettings
@@ -95,7 +100,9 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         gpus=processes.world_size,
         strategy=processes.sharding if processes.world_size > 1 else "none",
         batch_sequences=settings.batch_sequences,
-        micro_batch_sequences=0 if config["micro_batch_sequences"] is None else settings.micro_batch_sequences,
+        micro_batch_sequences=0
+        if config["micro_batch_sequences"] is None
+        else settings.micro_batch_sequences,
         sequence_tokens=settings.sequence_tokens,
         bf16=settings.precision == "bf16",
         compile=settings.compile,
@@ -119,7 +126,11 @@ def _device(config: dict[str, Any], sequence_tokens: int | None) -> Any:
     from qtrain.planning.calibration import calibrated
 
     changed = {key: value for key, value in config.items() if key != "calibrate"}
-    found = calibrated(scale=1 / 64) if sequence_tokens is None else calibrated(sequence_tokens=min(sequence_tokens, 4096))
+    found = (
+        calibrated(scale=1 / 64)
+        if sequence_tokens is None
+        else calibrated(sequence_tokens=min(sequence_tokens, 4096))
+    )
     return dataclasses.replace(found, **changed)
 
 
@@ -136,9 +147,11 @@ def _named_device(name: str) -> Any:
 
 def _settings(config: dict[str, Any], processes: int, settings: Any) -> Any:
     """RunSettings; with a micro-batch of one sequence where none is given."""
-    batch, micro = config["batch_sequences"], config["micro_batch_sequences"]
+    micro = config["micro_batch_sequences"]
     given = 1 if micro is None else micro
-    made = settings.of({**config, "micro_batch_sequences": given, "steps": 1, "eval_every_steps": 1, "device": "auto"})
+    made = settings.of(
+        {**config, "micro_batch_sequences": given, "steps": 1, "eval_every_steps": 1, "device": "auto"}
+    )
     made.accumulate(processes)
     return made
 
@@ -154,7 +167,9 @@ def _recipes(config: dict[str, Any]) -> dict[str, ModelRecipe]:
     found = {_chosen(): recipe}
     names = config["recipes"]
     if not isinstance(names, list):
-        raise ValueError(f"recipes={names!r}: a list, as in recipes=[none,all_gemms,'all_gemms compute=native']")
+        raise ValueError(
+            f"recipes={names!r}: a list, as in recipes=[none,all_gemms,'all_gemms compute=native']"
+        )
     for text in names:
         if str(text) not in found:
             found[str(text)] = build(recipe_config(str(text)))

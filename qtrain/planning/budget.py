@@ -100,7 +100,9 @@ class Budget:
     loss: float
 
 
-def tokens_of(parameters: int, tokens: float | None, target_loss: float | None, law: ScalingLaw) -> tuple[float, str]:
+def tokens_of(
+    parameters: int, tokens: float | None, target_loss: float | None, law: ScalingLaw
+) -> tuple[float, str]:
     """How many to train on, and why. Raises ValueError where both are given."""
     if tokens is not None and target_loss is not None:
         raise ValueError("tokens and target_loss: give one of them")

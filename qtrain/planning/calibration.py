@@ -49,7 +49,10 @@ def _gemms(device_type: str, scale: float) -> tuple[dict[str, float], float]:
     n = int(_SIZE[device_type] * scale)
     single = torch.randn(n, n, device=device_type)
     half = single.bfloat16()
-    runs: dict[str, Callable[[], Any]] = {"bf16": lambda: half @ half.t(), "fp32": lambda: single @ single.t()}
+    runs: dict[str, Callable[[], Any]] = {
+        "bf16": lambda: half @ half.t(),
+        "fp32": lambda: single @ single.t(),
+    }
     if device_type in int8_scaled_mm.kernels:
         codes = torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device_type)
         ones = torch.ones(n, device=device_type)
@@ -95,7 +98,9 @@ def _quantize_bytes_per_s(x: torch.Tensor) -> float:
     matrix = x[: x.numel() // 1024 * 1024].reshape(-1, 1024).bfloat16()
     zero = torch.zeros((), dtype=torch.int64, device=x.device)
     side = (127, False, False, 0, None)
-    seconds = median_seconds(lambda: quantize_rows_columns(matrix, *side, *side, zero, zero, zero), x.device.type)
+    seconds = median_seconds(
+        lambda: quantize_rows_columns(matrix, *side, *side, zero, zero, zero), x.device.type
+    )
     return 6 * matrix.numel() / seconds
 
 
@@ -107,7 +112,9 @@ def calibrated(
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = (max(1, int(_HEADS[kind] * scale)) // 4 + 1, 4, max(16, int(sequence_tokens * scale)), head_width)
     q, k, v = (torch.randn(shape, device=kind, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    attention = median_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q), kind)
+    attention = median_seconds(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q), kind
+    )
     elementwise = _elementwise(kind, scale)
     quantize = _quantize_bytes_per_s(torch.randn(max(1024, int(_ELEMENTS[kind] * scale)), device=kind))
     tiny, (rates, narrow) = _overhead(kind), _gemms(kind, scale)
@@ -118,7 +125,12 @@ def calibrated(
         memory_gib=_memory(kind) / GIB,
         peak_tflops={},
         gemm_tflops=rates,
-        attention_tflops=1e-12 * (1 + BACKWARD_PRODUCTS) * 2 * q.numel() * q.shape[2] / attention,  # half of each: causal
+        attention_tflops=1e-12
+        * (1 + BACKWARD_PRODUCTS)
+        * 2
+        * q.numel()
+        * q.shape[2]
+        / attention,  # half of each: causal
         copy_gb_per_s=1e-9 * elementwise,
         quantize_fraction=min(1.0, quantize / elementwise),
         kernel_us=tiny,

@@ -32,9 +32,10 @@ from .calibration import calibrated, clock
 from .check_wire import wire_bytes
 from .communication import Cluster, of_ddp, of_fsdp2
 from .devices import Device
+from .fake_model import meta_model
 from .operations import Tracker
 from .plan import Inputs, RunPlan, plan_run, sharding_of
-from .trace import meta_model, token_loss
+from .trace import token_loss
 
 SEQUENCES, TOKENS, HEAD_WIDTH = 8, 128, 64
 STEPS = 5  # timed
@@ -100,7 +101,9 @@ class SmallRun:
     """A real model, its optimizer and a batch, stepped as training does: the gradients of the last step go between forward and
     backward."""
 
-    def __init__(self, config: Any, recipe: ModelRecipe, device_type: str, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: Any, recipe: ModelRecipe, device_type: str, *, checkpointing: bool = False
+    ) -> None:
         self.device_type = device_type
         self.model = config.build(seed=0)
         self.clock = apply_recipe(self.model, recipe, device=device_type).clock
@@ -126,7 +129,9 @@ class SmallRun:
         between("optimizer")
 
     def gradient_bytes(self) -> int:
-        return sum(p.grad.numel() * p.grad.element_size() for p in self.model.parameters() if p.grad is not None)
+        return sum(
+            p.grad.numel() * p.grad.element_size() for p in self.model.parameters() if p.grad is not None
+        )
 
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -172,7 +177,14 @@ def _rows_of_run(point: str, plan: RunPlan, run: SmallRun, *, kept: bool, timed:
         run.step()
     yield Row(point, "parameters", 4 * plan.parameters, run.weight_bytes(), "bytes", exact=True)
     yield Row(point, "gradients", plan.memory.gradients, run.gradient_bytes(), "bytes", exact=True)
-    yield Row(point, "optimizer states", plan.memory.states, int(run.optimizer.state_bytes()["total"]), "bytes", exact=True)
+    yield Row(
+        point,
+        "optimizer states",
+        plan.memory.states,
+        int(run.optimizer.state_bytes()["total"]),
+        "bytes",
+        exact=True,
+    )
     if kept:  # checkpointing keeps its inputs where hooks do not see them
         yield Row(point, "kept for the backward", plan.memory.kept_bytes, run.kept_bytes(), "bytes")
     yield Row(point, "peak", plan.memory.peak, run.peak_bytes(), "bytes")
@@ -180,7 +192,9 @@ def _rows_of_run(point: str, plan: RunPlan, run: SmallRun, *, kept: bool, timed:
         yield Row(point, "step", plan.time.total, seconds, "s")
 
 
-def rows_of_memory(device: Device, models: Sequence[str] = tuple(MODELS), *, timed: bool = True) -> Iterator[Row]:
+def rows_of_memory(
+    device: Device, models: Sequence[str] = tuple(MODELS), *, timed: bool = True
+) -> Iterator[Row]:
     """Every model under every recipe, and one whose activations are checkpointed."""
     for name in models:
         for recipe_name, recipe in RECIPES.items():
@@ -206,7 +220,13 @@ def rows_of_wire(device: Device) -> Iterator[Row]:
         "fsdp2": of_fsdp2(cluster, sharding.blocks, sharding.outer, 1, 0.0, 0.0).sent_bytes + more,
     }
     for strategy, measured in wire_bytes(config, SEQUENCES // 2, TOKENS).items():
-        yield Row(f"llama, {strategy}, 2 processes (gloo)", "sent by a process, a step", predicted[strategy], measured, "bytes")
+        yield Row(
+            f"llama, {strategy}, 2 processes (gloo)",
+            "sent by a process, a step",
+            predicted[strategy],
+            measured,
+            "bytes",
+        )
 
 
 def rows_of_published(device: Device) -> Iterator[Row]:
@@ -246,8 +266,12 @@ def table(rows: Sequence[Row]) -> str:
         error = "exact" if row.predicted == row.measured else f"{row.error:+.1%}"
         if row.exact and error != "exact":
             error += " WRONG"
-        lines.append(f"| {row.point} | {row.what} | {_shown(row, row.predicted)} | {_shown(row, row.measured)} | {error} |")
+        lines.append(
+            f"| {row.point} | {row.what} | {_shown(row, row.predicted)} | {_shown(row, row.measured)} | {error} |"
+        )
     for what in dict.fromkeys(row.what for row in rows):
         errors = [abs(row.error) for row in rows if row.what == what]
-        lines.append(f"\n{what}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}, of {len(errors)}")
+        lines.append(
+            f"\n{what}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}, of {len(errors)}"
+        )
     return "\n".join(lines)

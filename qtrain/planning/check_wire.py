@@ -15,7 +15,9 @@ from torch import nn
 
 from .trace import token_loss
 
-_BYTES_SENT = 200  # offset in struct tcp_info (include/uapi/linux/tcp.h): tcpi_bytes_sent, retransmissions included
+_BYTES_SENT = (
+    200  # offset in struct tcp_info (include/uapi/linux/tcp.h): tcpi_bytes_sent, retransmissions included
+)
 PROCESSES = 2
 
 

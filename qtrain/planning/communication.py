@@ -76,7 +76,9 @@ class Communication:
 NOTHING = Communication(0.0, 0.0, 0.0)
 
 
-def of_ddp(cluster: Cluster, gradient_bytes: float, backward_seconds: float, *, overlaps: bool) -> Communication:
+def of_ddp(
+    cluster: Cluster, gradient_bytes: float, backward_seconds: float, *, overlaps: bool
+) -> Communication:
     """overlaps: whether gradients arrive one after the other, as in eager code. A model compiled whole gives them all
     at the end. backward_seconds: of the last micro-batch, which is what the buckets can hide behind."""
     if cluster.gpus == 1:
@@ -109,5 +111,7 @@ def of_fsdp2(
     exposed += edge + max(0.0, backward - edge - backward_seconds)
     sent = cluster.gather_bytes(3 * sum(blocks) + 2 * outer)
     return Communication(
-        micro_batches * sent, micro_batches * (forward + backward), micro_batches * min(exposed, forward + backward)
+        micro_batches * sent,
+        micro_batches * (forward + backward),
+        micro_batches * min(exposed, forward + backward),
     )

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qtrain.nn.linear import QuantizedLayer
 from qtrain.quant import ModelRecipe
 
-from .trace import Piece, Recorder, StepTrace, id_of, meta_model, signature, to_fake
+from .fake_model import meta_model, to_fake
+from .kept import id_of
+from .trace import Piece, Recorder, StepTrace, signature
 
 _BATCHES = (23, 29, 31, 37, 41)
 _MOST_TOKENS = 1024  # of a sequence: what is kept is linear in tokens, and native int8 takes 131,071 in all
@@ -49,7 +51,9 @@ def _batch(model: nn.Module) -> int:
     raise ValueError(f"widths {sorted(sizes)}: each of {_BATCHES} divides one; pass trace_compiled=false")
 
 
-def _kept(block: nn.Module, args: Any, kwargs: Any, known: set[int], dtype: torch.dtype) -> list[tuple[int, int]]:
+def _kept(
+    block: nn.Module, args: Any, kwargs: Any, known: set[int], dtype: torch.dtype
+) -> list[tuple[int, int]]:
     """(bytes, elements) of each storage that the compiled block keeps."""
     found: dict[int, tuple[int, int]] = {}
     alive: list[Tensor] = []
@@ -62,13 +66,15 @@ def _kept(block: nn.Module, args: Any, kwargs: Any, known: set[int], dtype: torc
         return tensor
 
     block.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            block(*args, **kwargs)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
+        block(*args, **kwargs)
     return list(found.values())
 
 
-def compiled_blocks(config: Any, recipe: ModelRecipe, *, tokens: int, dtype: torch.dtype) -> list[CompiledBlock]:
+def compiled_blocks(
+    config: Any, recipe: ModelRecipe, *, tokens: int, dtype: torch.dtype
+) -> list[CompiledBlock]:
     """Of each kind of block, in the order of ``StepTrace.blocks``. tokens: of a sequence. Seconds a kind. Raises as ``trace_step``
     does."""
     model, _ = meta_model(config, recipe)
@@ -87,7 +93,9 @@ def compiled_blocks(config: Any, recipe: ModelRecipe, *, tokens: int, dtype: tor
             recorder = Recorder(model, dtype, "cpu")
             _, _, call = recorder.outer(sequences, tokens)
             whole = call.args[0] if call.args else call.kwargs["hidden_states"]
-            others = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t is not whole]
+            others = [
+                t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t is not whole
+            ]
             known = {id_of(t) for t in (*model.parameters(), *model.buffers(), *others)}
             for block in recorder.blocks:
                 if (key := signature(block)) in found:
@@ -116,6 +124,7 @@ def with_compiled(trace: StepTrace, blocks: list[CompiledBlock]) -> StepTrace:
             backward_peak=max(kept, piece.backward_peak - less),
         )
 
-    pieces = tuple((changed(piece, block), count) for (piece, count), block in zip(trace.blocks, blocks, strict=True))
+    pieces = tuple(
+        (changed(piece, block), count) for (piece, count), block in zip(trace.blocks, blocks, strict=True)
+    )
     return dataclasses.replace(trace, blocks=pieces)
-

@@ -55,7 +55,14 @@ class Device:
     def __post_init__(self) -> None:
         if self.type not in ("cuda", "cpu"):
             raise ValueError(f"device.type={self.type!r}: allowed are cuda and cpu")
-        for name in ("memory_gib", "attention_tflops", "quantize_fraction", "copy_gb_per_s", "link_gb_per_s", "node_gb_per_s"):
+        for name in (
+            "memory_gib",
+            "attention_tflops",
+            "quantize_fraction",
+            "copy_gb_per_s",
+            "link_gb_per_s",
+            "node_gb_per_s",
+        ):
             _positive(name, getattr(self, name))
         for name in ("kernel_us", "host_us", "link_us", "node_us"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
@@ -63,7 +70,11 @@ class Device:
         for name in ("watts", "price_per_hour", "gemm_us"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if isinstance(self.gpus_per_node, bool) or not isinstance(self.gpus_per_node, int) or self.gpus_per_node < 1:
+        if (
+            isinstance(self.gpus_per_node, bool)
+            or not isinstance(self.gpus_per_node, int)
+            or self.gpus_per_node < 1
+        ):
             raise ValueError(f"device.gpus_per_node={self.gpus_per_node!r}: a whole number, 1 or more")
         for name in ("peak_tflops", "gemm_tflops"):
             rates = dict(getattr(self, name))
@@ -105,7 +116,10 @@ class Device:
         return max(flops / (rate * 1e12), nbytes / (self.copy_gb_per_s * 1e9)) + overhead * 1e-6
 
     def attention_seconds(self, flops: float, nbytes: float) -> float:
-        return max(flops / (self.attention_tflops * 1e12), nbytes / (self.copy_gb_per_s * 1e9)) + self.kernel_us * 1e-6
+        return (
+            max(flops / (self.attention_tflops * 1e12), nbytes / (self.copy_gb_per_s * 1e9))
+            + self.kernel_us * 1e-6
+        )
 
     def copy_seconds(self, nbytes: float) -> float:
         return nbytes / (self.copy_gb_per_s * 1e9)

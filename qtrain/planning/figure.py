@@ -18,7 +18,9 @@ def save(inputs: Inputs, plans: Sequence[RunPlan], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(5 + 2.2 * len(plans), 5), constrained_layout=True)
-    memory = [{("transient" if k.startswith("transient") else k): v / GIB for k, v in memory_rows(p)} for p in plans]
+    memory = [
+        {("transient" if k.startswith("transient") else k): v / GIB for k, v in memory_rows(p)} for p in plans
+    ]
     time = [{k: v * 1e3 for k, v in p.time.parts.items()} for p in plans]
     for axes, bars, unit in ((left, memory, "GiB a GPU, at the peak"), (right, time, "ms a step")):
         bottom = [0.0] * len(plans)
@@ -31,7 +33,9 @@ def save(inputs: Inputs, plans: Sequence[RunPlan], path: Path) -> None:
         axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
         axes.tick_params(axis="x", labelrotation=20)
     left.axhline(inputs.usable_bytes / GIB, color="black", linestyle="--", linewidth=1)
-    left.set_title(f"{inputs.device.name}: {inputs.usable_bytes / GIB:.0f} GiB usable (dashed)", fontsize="medium")
+    left.set_title(
+        f"{inputs.device.name}: {inputs.usable_bytes / GIB:.0f} GiB usable (dashed)", fontsize="medium"
+    )
     right.set_title(f"{inputs.gpus} GPU(s), {inputs.strategy}", fontsize="medium")
     partial = path.with_name(f".{path.name}.partial.png")
     path.parent.mkdir(parents=True, exist_ok=True)

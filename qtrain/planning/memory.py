@@ -140,7 +140,9 @@ def grows_linearly(small: StepTrace, large: StepTrace, sequences: int) -> StepTr
     blocks = tuple(
         (piece(a, b), count) for (a, count), (b, _) in zip(small.blocks, large.blocks, strict=True)
     )
-    return StepTrace(piece(small.embed, large.embed), blocks, piece(small.head, large.head), sequences * small.tokens)
+    return StepTrace(
+        piece(small.embed, large.embed), blocks, piece(small.head, large.head), sequences * small.tokens
+    )
 
 
 def gemm_flops(piece: Piece) -> float:

@@ -38,7 +38,7 @@ BACKWARD_PRODUCTS = 2.5
 # Reads one row, or one number, of many: an index and what it picks
 _PICKING = ("aten::embedding", "aten::nll_loss_forward", "aten::gather", "aten::index")
 # First for the maxima, then for the codes
-_READING_TWICE = ("qtrain::quantize_rows_columns", "qtrain::quantize_fp8_rows_columns", "qtrain::activation_quantize")
+READING_TWICE = ("qtrain::quantize_rows_columns", "qtrain::quantize_fp8_rows_columns")
 # Allocates, writes nothing
 _ALLOCATING = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
 
@@ -60,6 +60,13 @@ class Operation:
     def nbytes(self) -> int:
         """Read and written, each tensor once."""
         return sum(n for _, n in self.read) + sum(n for _, n in self.written)
+
+
+def _renamed(name: str, outputs: list[Tensor]) -> str:
+    """An op that writes codes along rows and along columns is another kernel where rows alone are wanted: one read."""
+    if name in READING_TWICE and outputs[2].numel() == 0:
+        return "qtrain::quantize_rows"
+    return name
 
 
 def _tensor_bytes(tensor: Tensor) -> int:
@@ -124,7 +131,7 @@ class Tracker(TorchDispatchMode):
             if key not in known and key not in self._names:
                 known.add(key)
                 fresh.append(t)
-        name = func._schema.name
+        name = _renamed(func._schema.name, outputs)
         constant = bool(inputs) and all(self.of_parameters(t) for t in inputs)
         for t in fresh:
             self._born(t)
@@ -151,7 +158,7 @@ class Tracker(TorchDispatchMode):
         if name in ("aten::fill_", "aten::zero_", "aten::zeros", "aten::ones_like", "aten::zeros_like"):
             read = {}
         kind, precision, flops = classified(name, args, inputs)
-        if name in _READING_TWICE:
+        if name in READING_TWICE:
             read = {key: 2 * n for key, n in read.items()}
         return Operation(name, kind, precision, flops, tuple(read.items()), tuple(written))
 
@@ -182,9 +189,11 @@ def _attention(name: str, args: Any, inputs: list[Tensor]) -> tuple[str, float]:
 
 
 def _quantizing() -> bool:
-    """Whether a quantized layer asked for it."""
+    """Whether a quantized layer asked for it, and not for an activation that it owns."""
     frame: Any = sys._getframe(3)
     while frame is not None:
+        if frame.f_code.co_filename.endswith("/nn/prologue.py"):
+            return False
         if frame.f_code.co_filename.endswith(_QUANTIZING):
             return True
         frame = frame.f_back

@@ -49,7 +49,9 @@ def rows_of(shape: tuple[int, ...], processes: int) -> int:
 
 def local_elements(shape: tuple[int, ...], processes: int) -> int:
     """Elements of the first process."""
-    return math.prod(shape) if not shape or processes == 1 else rows_of(shape, processes) * math.prod(shape[1:])
+    return (
+        math.prod(shape) if not shape or processes == 1 else rows_of(shape, processes) * math.prod(shape[1:])
+    )
 
 
 def optimizer_bytes(
@@ -74,11 +76,17 @@ def _ours(optimizer: AdamW, make: Make, device_type: str, shards: int) -> Optimi
         elements, size = local_elements(tuple(p.shape), shards), p.element_size()
         layouts = [layout.of_rows(rows_of(layout.shape, shards)) for layout in optimizer._layouts(p, group)]
         held = sum(
-            math.prod(shape) * dtype.itemsize for layout in layouts for shape, dtype in layout.expected().values()
+            math.prod(shape) * dtype.itemsize
+            for layout in layouts
+            for shape, dtype in layout.expected().values()
         )
         states += held + 4  # and the step, float32
         as_float32 += 8 * elements + 4
-        if device_type == "cuda" and optimizer.fused is not False and refusal_of_layouts((layouts[0], layouts[1])) is None:
+        if (
+            device_type == "cuda"
+            and optimizer.fused is not False
+            and refusal_of_layouts((layouts[0], layouts[1])) is None
+        ):
             moved += 3 * size * elements + 2 * held
             continue
         quantized = any(layout.spec is not None for layout in layouts)
@@ -94,7 +102,9 @@ def _ours(optimizer: AdamW, make: Make, device_type: str, shards: int) -> Optimi
 def _sampled(make: Make, quantize_states: bool) -> tuple[float, float]:
     """(bytes moved, bytes alive at once) an element, of one eager step of a matrix."""
     p = nn.Parameter(torch.ones(_SAMPLE))
-    optimizer = make([{"params": [p], "names": ["sample"], "weight_decay": 0.1, "quantize_states": quantize_states}])
+    optimizer = make(
+        [{"params": [p], "names": ["sample"], "weight_decay": 0.1, "quantize_states": quantize_states}]
+    )
     for _ in range(2):  # the first makes the states
         p.grad = torch.ones(_SAMPLE)
         with Tracker() as tracker:
@@ -104,7 +114,9 @@ def _sampled(make: Make, quantize_states: bool) -> tuple[float, float]:
 
 def _bnb(optimizer: Any, shards: int) -> OptimizerBytes:
     if shards > 1:
-        raise ValueError("bitsandbytes' states under trainer.strategy=fsdp2: take trainer=ddp, or optimizer=adamw")
+        raise ValueError(
+            "bitsandbytes' states under trainer.strategy=fsdp2: take trainer=ddp, or optimizer=adamw"
+        )
     states = as_float32 = 0
     moved, kinds = 0.0, 1 if optimizer.optimizer_name == "lion" else 2
     any_8bit = False
@@ -124,14 +136,19 @@ def _of_torch(make: Make, model: nn.Module, optimizer: Optimizer, shards: int) -
     if shards > 1:
         raise ValueError(f"{type(optimizer).__name__} under trainer.strategy=fsdp2: take optimizer=adamw")
     with FakeTensorMode() as mode:
-        fakes = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in model.parameters() if p.requires_grad]
+        fakes = [
+            nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in model.parameters() if p.requires_grad
+        ]
         fake = make([{"params": fakes}])
         for p in fakes:
             p.grad = torch.empty_like(p)
         fake.step()
     del mode
     states = sum(
-        t.numel() * t.element_size() for held in fake.state.values() for t in held.values() if isinstance(t, Tensor)
+        t.numel() * t.element_size()
+        for held in fake.state.values()
+        for t in held.values()
+        if isinstance(t, Tensor)
     )
     elements = sum(p.numel() for p in fakes)
     if optimizer.defaults.get("fused"):
@@ -143,4 +160,6 @@ def _of_torch(make: Make, model: nn.Module, optimizer: Optimizer, shards: int) -
         with Tracker() as tracker:
             sampled.step()
     rate, alive = (sum(o.nbytes for o in tracker.operations) / sample.numel(), tracker.peak / sample.numel())
-    return OptimizerBytes(states, states, rate * elements, int(alive * max(p.numel() for p in fakes)), elements)
+    return OptimizerBytes(
+        states, states, rate * elements, int(alive * max(p.numel() for p in fakes)), elements
+    )

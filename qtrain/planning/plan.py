@@ -26,10 +26,11 @@ from .budget import Budget, Failures, Interval, ScalingLaw, budget, checkpoint_i
 from .communication import NOTHING, Cluster, Communication, of_ddp, of_fsdp2
 from .compiled import compiled_blocks, with_compiled
 from .devices import GIB, Device
+from .fake_model import meta_model
 from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory
 from .optimizer_states import Make, OptimizerBytes, local_elements, optimizer_bytes
 from .step_time import StepTime, launches, micro_batch, plan_time
-from .trace import StepTrace, meta_model, trace_step
+from .trace import StepTrace, trace_step
 
 # Contractions of int8 are exact in int32 up to here (kernels/README.md, README.md: Limits)
 INT8_CONTRACTION = 131_071
@@ -106,7 +107,12 @@ def on_device(recipe: ModelRecipe, device: Device) -> ModelRecipe:
     if recipe.compute == "simulated":
         return recipe
     found = [problem for linear in linear_recipes(recipe) for problem in obstacles(linear)]
-    found += [device.lacks(kind) for linear in linear_recipes(recipe) for kind in kinds_of(linear) if device.lacks(kind)]
+    found += [
+        device.lacks(kind)
+        for linear in linear_recipes(recipe)
+        for kind in kinds_of(linear)
+        if device.lacks(kind)
+    ]
     if recipe.compute == "native" and found:
         raise ValueError(f"compute=native: {'; '.join(dict.fromkeys(found))}; or compute=simulated")
     return dataclasses.replace(recipe, compute="simulated" if found else "native")
@@ -159,7 +165,10 @@ class _Memory:
         self.small, self.large = traced(inputs, recipe, 1), traced(inputs, recipe, 2)
         if inputs.compile and inputs.trace_compiled:
             blocks = compiled_blocks(
-                inputs.model_config, recipe, tokens=inputs.sequence_tokens, dtype=torch.bfloat16 if inputs.bf16 else torch.float32
+                inputs.model_config,
+                recipe,
+                tokens=inputs.sequence_tokens,
+                dtype=torch.bfloat16 if inputs.bf16 else torch.float32,
             )
             self.small, self.large = with_compiled(self.small, blocks), with_compiled(self.large, blocks)
         self.model, _ = meta_model(inputs.model_config, recipe)
@@ -171,10 +180,16 @@ class _Memory:
     def _optimizer(self, strategy: str | None = None) -> OptimizerBytes:
         shards = self.inputs.gpus if (strategy or self.inputs.strategy) == "fsdp2" else 1
         return optimizer_bytes(
-            self.inputs.make_optimizer, self.model, self.inputs.weight_decay, device_type=self.inputs.device.type, shards=shards
+            self.inputs.make_optimizer,
+            self.model,
+            self.inputs.weight_decay,
+            device_type=self.inputs.device.type,
+            shards=shards,
         )
 
-    def at(self, sequences: int, *, checkpointing: bool | None = None, strategy: str | None = None) -> MemoryPlan:
+    def at(
+        self, sequences: int, *, checkpointing: bool | None = None, strategy: str | None = None
+    ) -> MemoryPlan:
         inputs = self.inputs
         return plan_memory(
             grows_linearly(self.small, self.large, sequences),
@@ -225,7 +240,9 @@ def _plan_run(inputs: Inputs, name: str, recipe: ModelRecipe) -> RunPlan:
     at = _Memory(inputs, recipe)
     memory, sharding, optimizer = at.at(inputs.micro_batch_sequences), at.sharding(), at.optimizer()
     trace = traced(inputs, recipe, inputs.micro_batch_sequences)
-    forward, backward = micro_batch(trace, inputs.device, compiled=inputs.compile, checkpointing=inputs.checkpointing)
+    forward, backward = micro_batch(
+        trace, inputs.device, compiled=inputs.compile, checkpointing=inputs.checkpointing
+    )
     communication = _communication(inputs, sharding, sum(forward.values()), sum(backward.values()))
     sharded = inputs.gpus if inputs.strategy == "fsdp2" else 1
     flops = getattr(at.model, "flops_per_token", None)
@@ -249,7 +266,9 @@ def _plan_run(inputs: Inputs, name: str, recipe: ModelRecipe) -> RunPlan:
         price_per_hour=inputs.device.price_per_hour, watts=inputs.device.watts,
     )  # fmt: skip
     share = inputs.batch_sequences // inputs.gpus
-    largest = largest_micro_batch(lambda n: at.at(n).peak, inputs.usable_bytes, max(share, inputs.micro_batch_sequences))
+    largest = largest_micro_batch(
+        lambda n: at.at(n).peak, inputs.usable_bytes, max(share, inputs.micro_batch_sequences)
+    )
     fits = memory.peak <= inputs.usable_bytes
     quantizes = any(True for _ in linear_recipes(recipe))
     found = tuple(_warnings(inputs, recipe, at, memory, time, largest, fits, interval))
@@ -288,7 +307,9 @@ def _warnings(
 def _remedies(inputs: Inputs, at: _Memory, memory: MemoryPlan, largest: int) -> str:
     usable, found = inputs.usable_bytes, []
     if largest:
-        found.append(f"micro_batch_sequences={_divides(inputs, largest)} ({_gib(at.at(_divides(inputs, largest)).peak)})")
+        found.append(
+            f"micro_batch_sequences={_divides(inputs, largest)} ({_gib(at.at(_divides(inputs, largest)).peak)})"
+        )
     now = inputs.micro_batch_sequences
     if not inputs.checkpointing and (peak := at.at(now, checkpointing=True).peak) <= usable:
         found.append(f"activation_checkpointing=true ({_gib(peak)})")
@@ -298,8 +319,12 @@ def _remedies(inputs: Inputs, at: _Memory, memory: MemoryPlan, largest: int) -> 
         except ValueError:
             peak = usable + 1
         if peak <= usable:
-            found.append(f"trainer.strategy=fsdp2 with activation_checkpointing=true and micro_batch_sequences=1 ({_gib(peak)})")
-    remedy = f": {'; or '.join(found)}" if found else ": more GPUs with trainer.strategy=fsdp2, or a smaller model"
+            found.append(
+                f"trainer.strategy=fsdp2 with activation_checkpointing=true and micro_batch_sequences=1 ({_gib(peak)})"
+            )
+    remedy = (
+        f": {'; or '.join(found)}" if found else ": more GPUs with trainer.strategy=fsdp2, or a smaller model"
+    )
     return f"does not fit: {_gib(memory.peak)} of {_gib(usable)} usable on {inputs.device.name}{remedy}"
 
 

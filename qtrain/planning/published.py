@@ -15,9 +15,9 @@ from qtrain.nn.surgery import apply_recipe
 from qtrain.quant import ModelRecipe
 
 from .devices import Device
+from .fake_model import to_fake
 from .operations import Tracker
 from .step_time import seconds_of
-from .trace import to_fake
 
 TOKENS = 15872
 # I, O -> ms of bf16, native int8, native fp8 with a scale a row; commit 518c744
@@ -48,7 +48,9 @@ class _OneLayer(nn.Sequential):
     """A linear layer and its input, for surgery by name."""
 
 
-def predicted_linear(device: Device, shape: tuple[int, int, int], recipe: ModelRecipe | None) -> dict[str, float]:
+def predicted_linear(
+    device: Device, shape: tuple[int, int, int], recipe: ModelRecipe | None
+) -> dict[str, float]:
     """Seconds of fprop, dgrad and wgrad of one layer T, I, O by what takes them; None: bf16."""
     tokens, columns, rows = shape
     with torch.device("meta"):
@@ -70,7 +72,11 @@ def predicted_linear(device: Device, shape: tuple[int, int, int], recipe: ModelR
 def rows(device: Device) -> list[tuple[str, float, float]]:
     """(what, predicted ms, measured ms); device: the H200's."""
     found = []
-    for name, recipe, column in (("bf16", None, 0), ("native int8", recipe_of("int8"), 1), ("native fp8", recipe_of("fp8"), 2)):
+    for name, recipe, column in (
+        ("bf16", None, 0),
+        ("native int8", recipe_of("int8"), 1),
+        ("native fp8", recipe_of("fp8"), 2),
+    ):
         total = [0.0, 0.0]
         for (columns, outputs), measured in LAYERS.items():
             ms = 1e3 * sum(predicted_linear(device, (TOKENS, columns, outputs), recipe).values())

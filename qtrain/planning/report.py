@@ -48,7 +48,11 @@ def memory_rows(plan: RunPlan) -> list[tuple[str, int]]:
     rows = [("weights", memory.weights), ("gradients", memory.gradients), ("optimizer states", memory.states)]
     rows.append(("gathers and buckets", memory.buffers))
     if memory.phase != "optimizer":
-        rows += [(f"kept: {kind}", nbytes) for kind, nbytes in sorted(memory.kept.items(), key=lambda item: -item[1]) if nbytes]
+        rows += [
+            (f"kept: {kind}", nbytes)
+            for kind, nbytes in sorted(memory.kept.items(), key=lambda item: -item[1])
+            if nbytes
+        ]
     rest = memory.peak - sum(nbytes for _, nbytes in rows)
     # In the backward's first moment the gradients that the table counts are not there yet
     return [*rows, (f"transient, at the peak ({memory.phase})", rest)]
@@ -96,9 +100,7 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
     for plan in plans:
         spent, saved = plan.budget, "-"
         if base is not None and plan is not base:
-            saved = (
-                f"{1 - plan.memory.peak / base.memory.peak:+.0%} memory, {1 - plan.time.total / base.time.total:+.0%} time"
-            )
+            saved = f"{1 - plan.memory.peak / base.memory.peak:+.0%} memory, {1 - plan.time.total / base.time.total:+.0%} time"
             if spent.cost is not None and base.budget.cost is not None:
                 saved += f", {base.budget.cost - spent.cost:+,.0f} cost"
         rows.append(
@@ -108,7 +110,12 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
             ]
         )  # fmt: skip
     title = f"to {_count(first.tokens)} tokens ({first.because}); loss about {first.loss:.2f} nats by {inputs.law.source}: an estimate"
-    text = _table(title, rows, ["recipe", "compute", "steps", "takes", "GPU hours", "cost", "kWh", f"saves beside {BASELINE}"], width)
+    text = _table(
+        title,
+        rows,
+        ["recipe", "compute", "steps", "takes", "GPU hours", "cost", "kWh", f"saves beside {BASELINE}"],
+        width,
+    )
     interval = plans[0].interval
     lines = [
         f"a failure every {_seconds(interval.mtbf_seconds)}: a checkpoint every {_seconds(interval.seconds)} (writing takes "
@@ -141,4 +148,10 @@ def as_numbers(inputs: Inputs, plans: Sequence[RunPlan], refused: dict[str, str]
         numbers["time"]["bound_by"] = plan.time.bound_by
         numbers["memory"]["kept_bytes"] = plan.memory.kept_bytes
         found.append(numbers)
-    return {"settings": settings, "device": device, "scaling_law": asdict(inputs.law), "plans": found, "refused": refused}
+    return {
+        "settings": settings,
+        "device": device,
+        "scaling_law": asdict(inputs.law),
+        "plans": found,
+        "refused": refused,
+    }

@@ -1,22 +1,22 @@
 """Seconds of a training step, from the operations of its trace and the rates of a device.
 
-    eager       sum over operations of  max(FLOPs / rate, bytes / bandwidth) + a kernel's overhead;
-                at least what Python takes to launch them all
-    compiled    elementwise neighbours are one kernel: what only they read is not written (``fused_bytes``); nothing of Python
-    step        micro-batches * (forward + backward [+ forward of blocks, where they are computed again])
-                + update, clipping included + communication that nothing hides
-    MFU         tokens/s * FLOPs a token / data-sheet bf16 peak                           (PaLM, 2204.02311, appendix B)
+eager       sum over operations of  max(FLOPs / rate, bytes / bandwidth) + a kernel's overhead;
+            at least what Python takes to launch them all
+compiled    elementwise neighbours are one kernel: what only they read is not written (``fused_bytes``); nothing of Python
+step        micro-batches * (forward + backward [+ forward of blocks, where they are computed again])
+            + update, clipping included + communication that nothing hides
+MFU         tokens/s * FLOPs a token / data-sheet bf16 peak                           (PaLM, 2204.02311, appendix B)
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .communication import Communication
 from .devices import Device
-from .operations import ATTENTION, GEMM, QUANTIZE, Operation, fused_bytes
+from .operations import ATTENTION, GEMM, QUANTIZE, READING_TWICE, Operation, fused_bytes
 from .trace import Piece, StepTrace
 
 _CLIPPING_BYTES = 12  # an element: the norm reads a gradient, scaling reads and writes it
@@ -32,7 +32,7 @@ class PieceTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what takes them; ``total``; host: of Python, where the code is eager; tokens_per_s: of all
+    """Seconds of a step by what takes them; ``total``; host: of Python, where the code is eager and that is longer than all else it computes, else 0; tokens_per_s: of all
     processes. mfu: None where the FLOPs a token are unknown."""
 
     parts: Mapping[str, float]
@@ -44,22 +44,29 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        if self.host > self.total - self.host and self.host >= sum(self.parts.values()):
+        if self.host:
             return "Python (compile=true takes it away)"
         return max(self.parts, key=self.parts.__getitem__)
 
 
 def seconds_of(
-    operations: Iterable[Operation], device: Device, *, compiled: bool, kept: Iterable[int] = (), head: bool = False
+    operations: Iterable[Operation],
+    device: Device,
+    *,
+    compiled: bool,
+    kept: Iterable[int] = (),
+    head: bool = False,
 ) -> dict[str, float]:
     """By what takes them: ``GEMM bf16``, ..., ``attention``, ``quantization``, ``elementwise`` (of the head: ``loss``)."""
     ops = list(operations)
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     moved = fused_bytes(ops, kept) if compiled else ((o, o.nbytes) for o in ops)
     before = ""
     for operation, nbytes in moved:
         if operation.kind == GEMM:
-            found[f"GEMM {operation.precision}"] += device.gemm_seconds(operation.precision, operation.flops, nbytes)
+            found[f"GEMM {operation.precision}"] += device.gemm_seconds(
+                operation.precision, operation.flops, nbytes
+            )
             before = ""
         elif operation.kind == ATTENTION:
             found["attention"] += device.attention_seconds(operation.flops, nbytes)
@@ -67,7 +74,7 @@ def seconds_of(
         else:
             part = "quantization" if operation.kind == QUANTIZE else "loss" if head else "elementwise"
             alone = not compiled or operation.name.startswith("qtrain::") or before != part
-            share = device.quantize_fraction if operation.name.startswith("qtrain::") else 1.0
+            share = device.quantize_fraction if operation.name in READING_TWICE else 1.0
             found[part] += device.copy_seconds(nbytes) / share + (device.kernel_us * 1e-6 if alone else 0.0)
             before = part
     return dict(found)
@@ -86,19 +93,27 @@ def micro_batch(
     trace: StepTrace, device: Device, *, compiled: bool, checkpointing: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of forward and of backward, by part."""
-    forward: Counter[str] = Counter()
-    backward: Counter[str] = Counter()
+    forward: defaultdict[str, float] = defaultdict(float)
+    backward: defaultdict[str, float] = defaultdict(float)
     for piece, count in trace.pieces():
         head = piece is trace.head
         first, second = _piece(piece, device, compiled, head)
-        forward.update({k: count * v for k, v in first.items()})
-        backward.update({k: count * v for k, v in second.items()})
+        _add(forward, first, count)
+        _add(backward, second, count)
         if checkpointing and not head and piece is not trace.embed:
-            backward.update({k: count * v for k, v in first.items()})
+            _add(backward, first, count)
     return dict(forward), dict(backward)
 
 
-def _piece(piece: Piece, device: Device, compiled: bool, head: bool) -> tuple[dict[str, float], dict[str, float]]:
+def _add(to: defaultdict[str, float], seconds: Mapping[str, float], count: int) -> None:
+    for part, value in seconds.items():
+        to[part] += count * value
+
+
+def _piece(
+    piece: Piece, device: Device, compiled: bool, head: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    compiled = compiled and not head  # the loss stays outside of what training compiles
     return (
         seconds_of(piece.forward, device, compiled=compiled, kept=piece.kept_storages, head=head),
         seconds_of(piece.backward, device, compiled=compiled, head=head),
@@ -121,9 +136,9 @@ def plan_time(
 ) -> StepTime:
     """forward, backward: of a micro-batch. host_operations: eager ones of it, 0 where compiled. local_parameters: of this
     process, which it clips and updates. step_tokens: of all processes."""
-    parts: Counter[str] = Counter()
+    parts: defaultdict[str, float] = defaultdict(float)
     for seconds in (forward, backward):
-        parts.update({k: micro_batches * v for k, v in seconds.items()})
+        _add(parts, seconds, micro_batches)
     computing = sum(parts.values())
     host = micro_batches * host_operations * device.host_us * 1e-6
     parts["optimizer"] = device.copy_seconds(optimizer_moved + _CLIPPING_BYTES * local_parameters)
@@ -132,5 +147,9 @@ def plan_time(
     total = max(computing, host) + parts["optimizer"] + communication.exposed_seconds
     rate = step_tokens / total
     peak = device.peak_tflops.get("bf16")
-    mfu = None if flops_per_token is None or peak is None else rate * flops_per_token / (processes * peak * 1e12)
+    mfu = (
+        None
+        if flops_per_token is None or peak is None
+        else rate * flops_per_token / (processes * peak * 1e12)
+    )
     return StepTime(dict(parts), total, host if host > computing else 0.0, communication, rate, mfu)

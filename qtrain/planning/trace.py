@@ -18,9 +18,8 @@ B sequences, S tokens each, C width, L blocks.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
-from qtrain.nn.shared_codes import SharedCodes
-from qtrain.nn.surgery import SurgeryReport, apply_recipe
 from qtrain.quant import ModelRecipe
 
+from .fake_model import AsOnGpu, meta_model, to_fake
+from .kept import KeptFor, id_of
 from .operations import Operation, Tracker
 
 
@@ -88,141 +86,6 @@ class StepTrace:
         return dict(found)
 
 
-def meta_model(config: Any, recipe: ModelRecipe) -> tuple[nn.Module, SurgeryReport]:
-    """The model of a ``ModelConfig`` on the meta device, after surgery. Raises as ``apply_recipe`` does."""
-    with torch.device("meta"):
-        model = config.build(seed=0, pretrained=False)
-    for parameter in model.parameters():
-        assert parameter.is_meta, "the model made real parameters on the meta device"
-    return model, apply_recipe(model, recipe, device="meta")
-
-
-def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers of a meta model as fake ones of the CPU, tied ones still tied, in place. Native layers
-    compute whatever kernels this machine has."""
-    tied = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
-    with mode:
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
-    first: dict[int, Any] = {}
-    for module, key, identity in tied:
-        if module._parameters[key] is not None:
-            module._parameters[key] = first.setdefault(identity, module._parameters[key])
-    shared = _SharedOnce()
-    for layer in model.modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        if layer.steps is not None:
-            layer.steps = dataclasses.replace(layer.steps, devices=("cpu",))
-        layer.shared = shared if layer.shared is not None else None
-        for quantizer in () if layer.quantizers is None else layer.quantizers.by_operand().values():
-            if hasattr(quantizer, "ready"):
-                quantizer.ready = True  # a learned step begins with the run; its bytes are the same
-
-
-class _SharedOnce(SharedCodes):
-    """Fake parameters have no address to tell readers by, and each reads once here."""
-
-    def of(self, x: Tensor, specs: Any, make: Callable[[], Any], reader: object) -> Any:
-        return super().of(x, specs, make, object())
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """What the kernel of a GPU keeps and moves: x and a number a row; the values are nobody's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        y, rstd = torch.empty_like(x).copy_(x), x.new_empty(*x.shape[:-1], 1)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, _ = ctx.saved_tensors
-        return grads[0] + x, torch.empty_like(weight)
-
-
-class _AsOnGpu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.rms_norm:
-            x, _, weight = args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("weight")
-            if weight is not None:
-                return _FusedRMSNorm.apply(x, weight)
-        if func is F.scaled_dot_product_attention:  # the CPU's fused kernel has no dropout; a GPU's draws it anew in the backward
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            kwargs = {**(kwargs or {}), **({"dropout_p": 0.0} if len(args) <= 4 else {})}
-        return func(*args, **(kwargs or {}))
-
-
-def kind_of(module: nn.Module | None, name: str) -> str:
-    """What of a model a module is, for the table."""
-    lowered = type(module).__name__.lower()
-    if isinstance(module, nn.Linear | QuantizedLayer) or lowered == "conv1d":
-        owns = isinstance(module, QuantizedLayer) and module.prologue is not None
-        return "activation" if owns else "linear"
-    if "norm" in lowered:
-        return "norm"
-    if "embedding" in lowered:
-        return "embedding"
-    if "atten" in lowered:
-        return "attention"
-    if "mlp" in lowered or "activation" in lowered or lowered in ("silu", "gelu", "relu"):
-        return "activation"
-    return "other"
-
-
-class KeptFor:
-    """Storages that autograd keeps, by the kind of module that was running, once each, without those of ``known``."""
-
-    def __init__(self, model: nn.Module, tracker: Tracker) -> None:
-        self.model, self.tracker = model, tracker
-        tracker.know_parameters(model.parameters())
-        self.bytes: Counter[str] = Counter()
-        self.storages: set[int] = set()
-        self._alive: list[Tensor] = []
-        self._stack: list[str] = []
-        self._known = {id_of(t) for t in (*model.parameters(), *model.buffers())}
-
-    def forget(self) -> None:
-        self.bytes, self.storages, self._alive = Counter(), set(), []
-
-    def know(self, tensors: Any) -> None:
-        """Storages that are somebody else's."""
-        self._known |= {id_of(t) for t in tree_leaves(tensors) if isinstance(t, Tensor)}
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        key = id_of(tensor)
-        if key not in self._known:
-            self._known.add(key)
-            self._alive.append(tensor)
-            kind = self._stack[-1] if self._stack else "loss"
-            if self.tracker.of_parameters(tensor):
-                kind = "weight copies"
-            self.bytes[kind] += tensor.untyped_storage().nbytes()
-            self.storages.add(self.tracker.name_of(tensor))
-        return tensor
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        handles = []
-        for name, module in self.model.named_modules():
-            kind = kind_of(module, name)
-            if kind == "other" and name:
-                continue
-            handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: self._stack.append(kind)))
-            handles.append(module.register_forward_hook(lambda *_: self._stack.pop() and None))
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def id_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 @dataclass
 class _Call:
     """How a block was called."""
@@ -247,7 +110,7 @@ class Recorder:
     def _autocast(self) -> Iterator[None]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.on_gpu:
-                with _AsOnGpu():
+                with AsOnGpu():
                     yield
             else:
                 yield
@@ -266,7 +129,11 @@ class Recorder:
                     shared = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not x]
                     kept.know(x)
                     at_blocks.update(
-                        x=x, forward=tracker.operations[:], peak=tracker.peak, bytes=Counter(kept.bytes), storages=kept.storages
+                        x=x,
+                        forward=tracker.operations[:],
+                        peak=tracker.peak,
+                        bytes=Counter(kept.bytes),
+                        storages=kept.storages,
                     )
                     at_blocks["bytes"]["other"] += sum(
                         {id_of(t): t.untyped_storage().nbytes() for t in shared}.values()
@@ -393,4 +260,3 @@ def trace_step(
             else:
                 pieces[key] = (recorder.block(block, call), 1)
     return StepTrace(embed, tuple(pieces.values()), head, sequences * tokens)
-
