@@ -1,6 +1,6 @@
 """Who may import whom, read from the source: imports inside functions count, ``if TYPE_CHECKING`` too.
 
-    commands -> training, methods, analysis -> nn, optim, data, models -> quant -> qtrain_kernels
+    commands -> training, methods, analysis, planning -> nn, optim, data, models -> quant -> qtrain_kernels
 
 ``cluster`` imports the standard library alone, and training, analysis and commands may import it. Each heavy or
 optional library stands in its own place. ``breaches`` takes sources, so that it is tested on sources that break each rule.
@@ -21,7 +21,7 @@ LIMIT_FILE, LIMIT_FUNCTION = 400, 80  # lines; bodies of Triton kernels are not 
 
 LOWEST = {"quant", "kernels"}
 MIDDLE = {"nn", "optim", "data", "models"}
-UPPER = {"training", "methods", "analysis", "cluster"}
+UPPER = {"training", "methods", "analysis", "planning", "cluster"}
 # room -> the rooms that it may import besides itself
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "cluster": set(),
     "models": {"kernels"},  # a model knows nothing of quantization
     **dict.fromkeys(("nn", "optim", "data"), LOWEST),
-    "methods": LOWEST | MIDDLE,
+    **dict.fromkeys(("methods", "planning"), LOWEST | MIDDLE),
     "analysis": LOWEST | MIDDLE | {"cluster"},
     "training": LOWEST | MIDDLE | {"analysis", "methods", "cluster"},
     "commands": LOWEST | MIDDLE | UPPER,
@@ -242,7 +242,9 @@ def loaded_after(*arguments: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("room", ["cluster", "quant", "nn", "optim", "models", "data", "methods", "analysis"])
+@pytest.mark.parametrize(
+    "room", ["cluster", "quant", "nn", "optim", "models", "data", "methods", "analysis", "planning"]
+)
 def test_rooms_import_nothing_heavy(room: str) -> None:
     assert loaded_after(f"qtrain.{room}") & set(HEAVY) == set()
 

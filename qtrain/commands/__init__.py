@@ -16,6 +16,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "qtrain.commands.status",
         "how far runs and sweeps are, what failed and why, when they are done",
     ),
+    "plan": ("qtrain.commands.plan", "what a run would take: memory, time, cost, and what each recipe saves"),
     "prepare": ("qtrain.commands.prepare", "tokenize a corpus ahead of a run"),
     "evaluate": ("qtrain.commands.evaluate", "measure the loss of a trained model on held-out text"),
     "generate": ("qtrain.commands.generate", "continue a text with a trained model"),

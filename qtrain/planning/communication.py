@@ -1,0 +1,117 @@
+"""Collectives of data-parallel training: bytes and seconds, per process.
+
+    all-gather, reduce-scatter of S bytes      (N - 1) / N * S sent by each, N - 1 hops (a ring)
+    all-reduce                                 twice that (reduce-scatter, then all-gather); 2 log2 N hops (a tree)
+    bandwidth                                  the smaller of a GPU's link and of its node's network shared by the node:
+                                               rings cross a node's network once, on all its cards together
+
+    ddp        one all-reduce of all gradients a step, in buckets of 25 MB (torch's default)
+    fsdp2      a micro-batch: all-gather of every block before its forward and before its backward, reduce-scatter of its gradient,
+               all in float32: what a block gathers are the masters
+
+Volumes: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005, section 4.
+What reduce-scatter and all-gather cost a sharded step: ZeRO (Rajbhandari et al., 1910.02054, section 7): 1.5 times an all-reduce.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .devices import Device
+
+BUCKET_BYTES = 25 * 2**20  # torch.nn.parallel.DistributedDataParallel's bucket_cap_mb
+STRATEGIES = ("none", "ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``gpus`` in nodes of ``device.gpus_per_node``."""
+
+    device: Device
+    gpus: int
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.device.gpus_per_node)
+
+    @property
+    def gb_per_s(self) -> float:
+        """That a GPU sends while all do: GB/s of a ring over all of them."""
+        device = self.device
+        return device.link_gb_per_s if self.nodes == 1 else min(device.link_gb_per_s, device.node_gb_per_s)
+
+    @property
+    def hop_us(self) -> float:
+        return self.device.link_us if self.nodes == 1 else self.device.node_us
+
+    def gather_bytes(self, nbytes: float) -> float:
+        """Sent, and received, by each process, for ``nbytes`` in all; a reduce-scatter's as well."""
+        return nbytes * (self.gpus - 1) / self.gpus
+
+    def gather_seconds(self, nbytes: float) -> float:
+        """All-gather or reduce-scatter."""
+        hops = (self.gpus - 1) * self.hop_us * 1e-6
+        return self.gather_bytes(nbytes) / (self.gb_per_s * 1e9) + hops
+
+    def reduce_bytes(self, nbytes: float) -> float:
+        return 2 * self.gather_bytes(nbytes)
+
+    def reduce_seconds(self, nbytes: float) -> float:
+        """All-reduce."""
+        hops = 2 * math.ceil(math.log2(self.gpus)) * self.hop_us * 1e-6 if self.gpus > 1 else 0.0
+        return self.reduce_bytes(nbytes) / (self.gb_per_s * 1e9) + hops
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Of a step and process. sent_bytes; seconds: on the wire; exposed_seconds: in which nothing else happens."""
+
+    sent_bytes: float
+    seconds: float
+    exposed_seconds: float
+
+
+NOTHING = Communication(0.0, 0.0, 0.0)
+
+
+def of_ddp(
+    cluster: Cluster, gradient_bytes: float, backward_seconds: float, *, overlaps: bool
+) -> Communication:
+    """overlaps: whether gradients arrive one after the other, as in eager code. A model compiled whole gives them all
+    at the end. backward_seconds: of the last micro-batch, which is what the buckets can hide behind."""
+    if cluster.gpus == 1:
+        return NOTHING
+    buckets = max(1, math.ceil(gradient_bytes / BUCKET_BYTES))
+    one = cluster.reduce_seconds(gradient_bytes / buckets)
+    seconds = buckets * one
+    exposed = max(seconds - backward_seconds, one) if overlaps else seconds
+    return Communication(cluster.reduce_bytes(gradient_bytes), seconds, exposed)
+
+
+def of_fsdp2(
+    cluster: Cluster,
+    blocks: Sequence[float],
+    outer: float,
+    micro_batches: int,
+    forward_seconds: float,
+    backward_seconds: float,
+) -> Communication:
+    """blocks: float32 bytes of each block's parameters; outer: of those outside of blocks, which stay gathered from the
+    forward to the backward. forward_seconds, backward_seconds: of a micro-batch's computation, behind which gathering the next block hides;
+    the first gather and the last reduce-scatter of a micro-batch hide behind nothing."""
+    if cluster.gpus == 1:
+        return NOTHING
+    gather = sum(map(cluster.gather_seconds, blocks))
+    outer_seconds = cluster.gather_seconds(outer)
+    forward, backward = gather + outer_seconds, 2 * gather + outer_seconds
+    edge = cluster.gather_seconds(blocks[0]) if blocks else 0.0
+    exposed = outer_seconds + edge + max(0.0, gather - edge - forward_seconds)
+    exposed += edge + max(0.0, backward - edge - backward_seconds)
+    sent = cluster.gather_bytes(3 * sum(blocks) + 2 * outer)
+    return Communication(
+        micro_batches * sent,
+        micro_batches * (forward + backward),
+        micro_batches * min(exposed, forward + backward),
+    )
