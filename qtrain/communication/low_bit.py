@@ -131,19 +131,18 @@ class LowBitCommunication:
                 raise ValueError(
                     f"the checkpoint owes gradients of {name} {tuple(held.shape[1:])}, which this model does not have"
                 )
-            mean = state["owed_mean"].get(name)
+            mean = state["owed_mean"].get(name, torch.zeros_like(held[0]))
             if same:
-                self._hold(reducer.owed, piece, held[rank])
-                if mean is not None:
-                    rows = padded_rows(mean, piece, world).chunk(world)[rank]
-                    reducer.owed_mean.held[name] = rows.to(reducer.owed.dtype, copy=True)
-                continue
-            total = held.float().mean(0)
-            self._hold(reducer.owed, piece, total if mean is None else total + mean.float())
+                owed = held[rank]
+            else:
+                owed, mean = held.float().mean(0) + mean.float(), torch.zeros_like(mean)
+            self._hold(reducer.owed, name, padded_rows(owed, piece, world))
+            if self._returns:
+                self._hold(reducer.owed_mean, name, padded_rows(mean, piece, world).chunk(world)[rank])
 
-    def _hold(self, residuals: Residuals, piece: Piece, owed: Tensor) -> None:
-        rows = padded_rows(owed, piece, dist.get_world_size())
-        residuals.held[piece.name] = rows.to(residuals.dtype, copy=True)
+    @staticmethod
+    def _hold(residuals: Residuals, name: str, rows: Tensor) -> None:
+        residuals.held[name] = rows.to(residuals.dtype, copy=True)
 
     def summary(self) -> dict[str, Any]:
         """Of the last step, for the final table: the specs, and bytes that left a process."""
