@@ -59,11 +59,22 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for part in inner for k, v in part.items()}
 
 
+def _low_bit_communication(run: RunRecord) -> dict[str, Any]:
+    """What travelled between the run's processes in low bits; of the rest of the trainer no loss depends."""
+    trainer = run.config.get("trainer") or {}
+    names = [
+        "gather_weights",
+        *(["reduce_gradients", "error_feedback"] if trainer.get("reduce_gradients") else []),
+    ]
+    return {name: trainer[name] for name in names if trainer.get(name) is not None}
+
+
 def _own(run: RunRecord) -> dict[str, Any]:
     config = {k: v for k, v in run.config.items() if k not in NOT_OF_THE_ARM}
     data = config.get("data")
     if isinstance(data, Mapping):
         config["data"] = {k: v for k, v in data.items() if k not in _NOT_OF_THE_DATA}
+    config.update(_low_bit_communication(run))
     return flat(config)
 
 
@@ -97,13 +108,15 @@ def _label(name: str, own: Mapping[str, Any], siblings: Sequence[Mapping[str, An
 
 
 def unquantized(run: RunRecord) -> tuple[bool, bool]:
-    """Whether (linear layers, optimizer states) are in high precision, by the run's config."""
+    """Whether (linear layers and what processes send each other, optimizer states) are in high precision, by the run's
+    config."""
     recipe, optimizer = run.config.get("recipe") or {}, run.config.get("optimizer") or {}
     gemms = [v for k, v in flat(recipe.get("linear") or {}).items() if k.count(".")]
     linear = all(v in _UNQUANTIZED for v in gemms) and not recipe.get("rules") and not recipe.get("kv_cache")
     states = optimizer.get("states") or {}
     moments = [states.get("exp_avg"), states.get("exp_avg_sq")]
     low_bit_class = "8bit" in str(optimizer.get("_target_", "")).lower() or optimizer.get("bits") in (4, 8)
+    linear = linear and not _low_bit_communication(run)
     return linear, all(m in _UNQUANTIZED for m in moments) and not low_bit_class
 
 

@@ -27,6 +27,7 @@ from .callbacks.checkpoint import CheckpointWriter, of_storage, storage_verdict
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_corpus
+from .low_bit import summary_of
 from .module import QuantizedTransformer
 from .plot import plot_losses
 from .processes import ProcessSettings, by_rank_zero, rank, rank_zero_first, world_size
@@ -232,6 +233,8 @@ def _report(
     sample = NO_TOKENIZER
     if data.corpus.tokenizer is not None:
         sample = sample_text(module, data.corpus.tokenizer, parts.settings.sample, parts.settings.seed)
+    low_bit = module.communication
+    communication = None if low_bit is None else summary_of(parts, module.model, low_bit)
     sharded = parts.processes.sharding == "fsdp2"
     state_bytes = optimizer_state_bytes(trainer.optimizers[0], sharded=sharded)
     if rank() != 0:
@@ -255,6 +258,7 @@ def _report(
         state_bytes=state_bytes,
         fused_step=fused_tensors(trainer.optimizers[0]),
         census=None if census is None else census["summary"],
+        communication=communication,
         linear_flops=None if census is None else census["eager"]["flops_summary"],
     )
     lines = {} if trigram is None else {"trigram": trigram}

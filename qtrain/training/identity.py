@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from qtrain.communication.settings import CommunicationSettings
 from qtrain.models.protocol import ModelConfig
 from qtrain.nn.surgery import SurgeryReport
 from qtrain.quant import ModelRecipe
@@ -20,11 +21,13 @@ FREE = frozenset(
         "activation_checkpointing", "sample",
     }
 )  # fmt: skip
+# Of the trainer, what does change steps: it travels in low bits
+_COMMUNICATION = tuple(f.name for f in fields(CommunicationSettings))
 # Short knobs, which say nothing that the recipe does not
 _KNOBS = frozenset({"w", "a", "g", "saved", "compute"})
 # What a continuation may change when it is asked to. All else is restored from the checkpoint (the optimizer's
 # hyperparameters, the schedule) or would not fit it (the model, the formats of the states)
-CHANGEABLE = ("recipe",)
+CHANGEABLE = ("recipe", "communication")
 
 
 def recipe_digest(recipe: ModelRecipe) -> str:
@@ -71,6 +74,22 @@ def _different_models(there: Mapping[str, Any], here: Mapping[str, Any], model: 
     return [s for k in here if there[k] != became[k] for s in _different(f"model.{k}", there[k], here[k])]
 
 
+def _different_communication(theirs: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    if "communication" in config.get("allow_changed", ()):
+        return []
+    there, here = (CommunicationSettings.of(side.get("trainer") or {}) for side in (theirs, config))
+    # Residuals that nothing makes are kept in nothing
+    names = [
+        n for n in _COMMUNICATION if n != "error_feedback" or there.reduce_gradients or here.reduce_gradients
+    ]
+    return [
+        f"trainer.{name}: {getattr(there, name)} there, {getattr(here, name)} here (allow_changed=[communication] goes "
+        "on with it)"
+        for name in names
+        if getattr(there, name) != getattr(here, name)
+    ]
+
+
 def differences(
     saved: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -95,6 +114,7 @@ def differences(
         found.append(
             f"recipe: {theirs['recipe']} there, {config['recipe']} here (allow_changed=[recipe] goes on with it)"
         )
+    found += _different_communication(theirs, config)
     for key in ("shards", "tokenizer_digest", "sequence_tokens"):
         if facts["data"][key] != data[key]:
             found.append(f"data {key}: {facts['data'][key]} there, {data[key]} here")

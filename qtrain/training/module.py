@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import default_collate
 
+from qtrain.communication.low_bit import LowBitCommunication
 from qtrain.data.stream import mix_words
 from qtrain.nn.quantizers import follow_optimizer, start_steps
 from qtrain.nn.surgery import Faster, SurgeryReport, apply_recipe
@@ -38,9 +39,10 @@ from qtrain.nn.surgery import Faster, SurgeryReport, apply_recipe
 from .assembly import Assembly, resolved_device
 from .auto_plan import faster_layers
 from .identity import plan_of, recipe_digest
+from .low_bit import communication_of
 from .processes import summed
 from .run_folder import CENSUS, versions
-from .strategy import compile_for, shard
+from .strategy import compile_for, reshard, shard
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class QuantizedTransformer(LightningModule):
         self._losses: list[Tensor] = []
         self._window_losses = torch.empty(2, 0)  # losses [n], and whether this rank has seen the window
         self._fresh: StepReading | None = None  # of the step in progress
+        self.communication: LowBitCommunication | None = None
+        self._owed: dict[str, Any] = {}  # what a checkpoint says of it
 
     def configure_model(self) -> None:
         """Builds, quantizes, compiles and, under FSDP2, shards; Lightning calls it at the start of every fit and
@@ -96,6 +100,9 @@ class QuantizedTransformer(LightningModule):
         if mesh is not None:
             shard(model, mesh["data_parallel"])
         self.model, self.surgery = model, surgery
+        self.communication = communication_of(self.parts, model)
+        if self.communication is not None and mesh is not None:
+            self.communication.attach_fsdp2(model)
 
     def _faster(self, device: str) -> Faster | None:
         """What decides for ``compute=auto``: of a run its measured plan; elsewhere nothing is timed."""
@@ -112,7 +119,15 @@ class QuantizedTransformer(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Begins the learned steps on the run's first micro-batch, which all ranks have alike."""
+        """Begins the learned steps on the run's first micro-batch, which all ranks have alike. What a checkpoint owes
+        is taken over now, when the strategy stands."""
+        owed, self._owed = self._owed, {}
+        if self.communication is not None:
+            self.communication.load_state_dict(owed)
+        elif owed and self.global_rank == 0:
+            print(
+                "what the checkpoint's processes owed each other is dropped: trainer.reduce_gradients is null now"
+            )
 
         def run(model: nn.Module) -> None:
             windows = self.trainer.datamodule.train_windows()  # type: ignore[attr-defined]
@@ -147,6 +162,8 @@ class QuantizedTransformer(LightningModule):
         step = self.trainer.global_step
         if batch_idx % self.accumulate == 0:
             self._losses, self._fresh = [], None
+        if self.communication is not None:
+            self.communication.begin(step, batch_idx % self.accumulate)
         self.surgery.clock.set(step=step, token_offset=first * self.settings.sequence_tokens)
         torch.manual_seed(mix_words(self.settings.seed, step, first))
 
@@ -187,6 +204,8 @@ class QuantizedTransformer(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), clip, total)
 
     def on_validation_epoch_start(self) -> None:
+        if self.communication is not None:
+            self.communication.traffic.stop()
         windows = len(self.trainer.datamodule.val)  # type: ignore[attr-defined]
         self._window_losses = torch.zeros(2, windows, device=self.device)
 
@@ -205,6 +224,10 @@ class QuantizedTransformer(LightningModule):
         # One rank has each window, the others add zeros
         losses, seen = summed(self._window_losses)
         self.window_losses = losses[seen > 0]
+        if self.communication is not None:
+            reshard(
+                self.model
+            )  # what was gathered for validation is the master, which training does not read
 
     @property
     def val_loss(self) -> float:
@@ -228,6 +251,7 @@ class QuantizedTransformer(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A step may be made of other micro-batches, by more or fewer processes, than when it was saved."""
         if self.trainer.state.fn == TrainerFn.FITTING:
+            self._owed = checkpoint.get("communication", {})
             self._set_counters(checkpoint["loops"], checkpoint["qtrain"]["step"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,6 +259,8 @@ class QuantizedTransformer(LightningModule):
         gradient was applied, that of the micro-batches since was not."""
         step = self.trainer.global_step
         self._set_counters(checkpoint["loops"], step)
+        if self.communication is not None and (owed := self.communication.state_dict()):
+            checkpoint["communication"] = owed
         census = Path(self.trainer.default_root_dir) / CENSUS
         tokenizer = self.trainer.datamodule.corpus.tokenizer  # type: ignore[attr-defined]
         checkpoint["qtrain"] = {

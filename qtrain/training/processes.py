@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from qtrain.communication.settings import CommunicationSettings
+
 STRATEGIES = ("auto", "ddp", "fsdp2")
 T = TypeVar("T")
 
@@ -34,7 +36,8 @@ class ProcessSettings:
     devices: processes a machine, one a GPU where there are some. num_nodes: machines. strategy: ``ddp`` (every
     process holds the model), ``fsdp2`` (every process holds its rows of each parameter, gradient and optimizer
     state), or ``auto``: ddp where there are several processes. timeout_seconds: how long one process may wait for
-    the others, the first preparation of the data included.
+    the others, the first preparation of the data included. gather_weights, reduce_gradients, error_feedback: what
+    travels between them in low bits (``CommunicationSettings``).
 
     Raises ValueError, naming the value, what is allowed and the remedy.
     """
@@ -43,6 +46,9 @@ class ProcessSettings:
     num_nodes: int = 1
     strategy: str = "auto"
     timeout_seconds: float = 1800
+    gather_weights: Any = None
+    reduce_gradients: Any = None
+    error_feedback: str | None = "float32"
 
     def __post_init__(self) -> None:
         for name in ("devices", "num_nodes"):
@@ -58,6 +64,23 @@ class ProcessSettings:
             raise ValueError(f"trainer.timeout_seconds={self.timeout_seconds!r}: must be a number of seconds")
         if not self.timeout_seconds > 0:
             raise ValueError(f"trainer.timeout_seconds={self.timeout_seconds!r}: must be positive")
+        self._check_communication()
+
+    def _check_communication(self) -> None:
+        """What travels in low bits has somewhere to go."""
+        alone = "one process sends nothing; set trainer.devices to 2 or more, or leave it null"
+        low_bit = self.communication
+        if low_bit.gather_weights is not None and self.sharding != "fsdp2":
+            why = (
+                alone
+                if self.world_size == 1
+                else "under ddp every process holds the weights whole and gathers none; take trainer.strategy=fsdp2, or "
+                "trainer.reduce_gradients for what ddp sends"
+            )
+            raise ValueError(f"trainer.gather_weights={self.gather_weights!r}: {why}")
+        for name in ("gather_weights", "reduce_gradients"):
+            if getattr(low_bit, name) is not None and self.world_size == 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)!r}: {alone}")
 
     @staticmethod
     def of(trainer: Mapping[str, Any]) -> ProcessSettings:
@@ -70,6 +93,14 @@ class ProcessSettings:
         """The other keys: arguments of Lightning's Trainer."""
         known = [f.name for f in fields(ProcessSettings)]
         return {name: value for name, value in trainer.items() if name not in known}
+
+    @property
+    def communication(self) -> CommunicationSettings:
+        return CommunicationSettings(
+            gather_weights=self.gather_weights,
+            reduce_gradients=self.reduce_gradients,
+            error_feedback=self.error_feedback,
+        )
 
     @property
     def world_size(self) -> int:

@@ -76,6 +76,7 @@ def summarize(
     fused_step: Mapping[str, Any] | None,
     census: str | None,
     linear_flops: str | None,
+    communication: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The numbers of a finished run. rows: of its metrics.jsonl; losses are nats per token. state_bytes: from
     ``optimizer_state_bytes``; fused_step: from ``fused_tensors``."""
@@ -106,6 +107,7 @@ def summarize(
         "compute": module.surgery.compute,
         "linear_flops": linear_flops,
         "census": census,
+        "communication": communication,
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train),
         "data": dict(data),
     }
@@ -141,6 +143,23 @@ def fused_tensors(optimizer: Any) -> dict[str, Any] | None:
 def _fused_row(found: Mapping[str, Any]) -> str:
     eager = "".join(f"; {count} eagerly: {reason}" for reason, count in found["eager"].items())
     return f"{found['fused']} of {found['tensors']} tensors in the fused kernel{eager}"
+
+
+def _communication_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What one process sent in the last step, and what float32 would have been."""
+    if found is None:
+        return []
+    rows = []
+    for purpose, (sent, float32) in found["bytes"].items():
+        size = f"{_megabytes(sent)} a step where float32 sends {_megabytes(float32)} ({sent / float32:.1%})"
+        if purpose == "gather_weights":
+            how = f"{found['exact']} of {found['gathered']} weights lose nothing"
+            rows.append(("weights gathered", f"{found['gather_weights']}: {size}; {how}"))
+        else:
+            kept = found["error_feedback"]
+            how = "errors are forgotten" if kept is None else f"error feedback in {kept}"
+            rows.append(("gradients reduced", f"{found['reduce_gradients']}: {size}; {how}"))
+    return rows
 
 
 def _megabytes(count: int) -> str:
@@ -200,6 +219,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("linear FLOPs by precision", f"{summary['linear_flops'] or 'not seen'}   ({summary['compute']})"),
         ("census", summary["census"] or "not taken"),
+        *_communication_rows(summary.get("communication")),
         ("steps with a clipped gradient", f"{summary['clip_share']:.1%}"),
         ("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"),
         ("speed", f"{summary['tokens_per_s']:,.0f} tokens/s   {summary['wall_seconds']:.1f} s in all"),

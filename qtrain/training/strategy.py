@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from qtrain.nn.inventory import linear_layers
@@ -119,6 +120,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
 
+class LowBitDDPStrategy(DDPStrategy):
+    """DDP whose gradients are reduced as the module's ``communication`` says."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        module: Any = self.lightning_module
+        assert isinstance(self.model, DistributedDataParallel)
+        module.communication.attach_ddp(self.model, module.model)
+
+
 def make_strategy(settings: ProcessSettings) -> Strategy | str:
     """Lightning's strategy for a run whose processes are connected (``processes.connected``)."""
     if settings.sharding == "none":
@@ -126,8 +137,9 @@ def make_strategy(settings: ProcessSettings) -> Strategy | str:
     if settings.sharding == "fsdp2":
         return FSDP2Strategy(settings)
     timeout = timedelta(seconds=settings.timeout_seconds)
+    kind = DDPStrategy if settings.communication.reduce_gradients is None else LowBitDDPStrategy
     # Every parameter takes part in every step. Buffers, where a model has some, are rank 0's (torch's default)
-    return DDPStrategy(timeout=timeout, find_unused_parameters=False)
+    return kind(timeout=timeout, find_unused_parameters=False)
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
@@ -160,7 +172,7 @@ def compile_for(model: Any, sharding: str) -> None:
         part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
 
 
-def _reshard(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Back to the rows: after a forward without a backward the outermost parameters are still whole."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -170,7 +182,7 @@ def _reshard(module: nn.Module) -> None:
 def gathered_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """``module.state_dict()`` with every DTensor whole and on the CPU, on rank 0; empty on the others. All ranks call
     it; each holds one whole tensor at a time. Tied parameters stay one tensor."""
-    _reshard(module)
+    reshard(module)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     whole: dict[int, Tensor] = {}
     found = {}
@@ -189,7 +201,7 @@ def load_whole_state_dict(module: nn.Module, saved: Mapping[str, Tensor]) -> Non
 
     Raises ValueError where names or shapes differ.
     """
-    _reshard(module)
+    reshard(module)
     own = module.state_dict()
     different = sorted(set(own) ^ set(saved))
     if different:

@@ -4,6 +4,8 @@
     {"kind": "val", "step", "tokens", "val_loss", "val_bits_per_byte", "seconds"}, of a mixture with "val_loss/PART";
                                           without bits per byte where the data name no tokenizer
 
+Where something travels in low bits, a step also has "communication/bytes_sent" and its kin (``communication.exchange``).
+
 Losses are nats per token, ``step`` counts optimizer steps from 1, ``seconds`` of training (of earlier attempts too), and
 ``tokens_per_s`` is that of the one step. Each line is flushed when it is written, so a killed run keeps all of
 them but at most a part of the last; ``read_metrics`` leaves that part out. The rows go to the trainer's loggers too.
@@ -125,6 +127,7 @@ class MetricsJSONL(Callback):
             "lr": reading.lr,
             "seconds": now - self._begun,
             "tokens_per_s": rate,
+            **({} if pl_module.communication is None else pl_module.communication.traffic.row()),
         }
         self._write(trainer, row)
 
