@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,3 +83,37 @@ def toy(
     root.handlers[:] = handlers
     root.setLevel(level)
     sys.modules.pop("toy_command", None)
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """A local object store that speaks S3 over HTTP."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(moto_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``s3://NAME`` of a new bucket, which s3fs finds by the environment; no pause between attempts."""
+    import s3fs
+
+    from qtrain.data import object_store
+
+    settings = {
+        "ENDPOINT_URL": moto_endpoint,
+        "ACCESS_KEY_ID": "qtrain",
+        "SECRET_ACCESS_KEY": "a-secret-of-tests",
+    }
+    for name, value in {**settings, "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("QTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(object_store, "BACKOFF", (0.0, 0.0, 0.0))
+    s3fs.S3FileSystem.clear_instance_cache()  # it would keep the endpoint of before
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,24 @@ def prepare(
     was altered, ShardWriteError when the place cannot be written (a full disk, no permission), WorkerDied when a process
     was killed, and RuntimeError when the source changes meanwhile. Nothing is left half-written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
-        raise ValueError(
-            f"source name {source.name!r}: it names a folder; letters, digits, - and _ are allowed"
-        )
     check_settings(val_fraction, num_workers)
-    settings: dict[str, Any] = {
+    settings = settings_of(val_fraction, shard_tokens)
+    progress("fingerprint", 0, None)
+    fingerprint = source.fingerprint()
+    name = folder_name(source.name, fingerprint, tokenizer, settings)
+    root = Path(out_dir) if out_dir is not None else cache_root()
+    directory = root / name
+    remove_stale(directory)
+    with writing(directory):
+        exists = directory.exists()
+    if not exists:
+        _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
+    return open_prepared(directory)
+
+
+def settings_of(val_fraction: float, shard_tokens: int) -> dict[str, Any]:
+    """What decides the tokens and the files beside source and tokenizer, as the manifest has it."""
+    return {
         "preparation_version": PREPARATION_VERSION,
         "val_fraction": val_fraction,
         "near_duplicate_share": splits.NEAR_DUPLICATE_SHARE,
@@ -82,18 +94,17 @@ def prepare(
         "min_samples": splits.MIN_SAMPLES,
         "shard_tokens": shard_tokens,
     }
-    progress("fingerprint", 0, None)
-    fingerprint = source.fingerprint()
+
+
+def folder_name(
+    source: str, fingerprint: str, tokenizer: Tokenizer | BpeTraining, settings: Mapping[str, Any]
+) -> str:
+    """SOURCE-TOKENIZER-DIGEST. Raises ValueError where the source's name is no folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", source):
+        raise ValueError(f"source name {source!r}: it names a folder; letters, digits, - and _ are allowed")
     identity = [FORMAT_VERSION, fingerprint, tokenizer.digest, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
-    root = Path(out_dir) if out_dir is not None else cache_root()
-    directory = root / f"{source.name}-{tokenizer.name}-{digest}"
-    remove_stale(directory)
-    with writing(directory):
-        exists = directory.exists()
-    if not exists:
-        _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
-    return open_prepared(directory)
+    return f"{source}-{tokenizer.name}-{digest}"
 
 
 def check_settings(val_fraction: float, num_workers: int | None) -> None:
