@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -68,67 +66,6 @@ def test_a_bucket_is_never_made_by_a_misspelling(bucket, tmp_path):
     with pytest.raises(ObjectMissing):
         ObjectStore("s3://mispelt-bucket/x").write_file(tmp_path / "a", "b")
     assert "mispelt-bucket" not in s3fs.S3FileSystem(use_listings_cache=False).ls("")
-
-
-class _Flaky(BaseHTTPRequestHandler):
-    """Passes requests on to ``upstream``, and answers every second one with an error or not at all."""
-
-    upstream, mode, seen = "", "503", 0
-    protocol_version = "HTTP/1.1"
-
-    def _pass_on(self) -> None:
-        cls = type(self)
-        cls.seen += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if cls.seen % 2 or cls.mode == "never":
-            if cls.mode == "drop":
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        connection = http.client.HTTPConnection(cls.upstream.removeprefix("http://"))
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        data = answer.read()
-        self.send_response(answer.status)
-        for key, value in answer.getheaders():
-            if key.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
-                self.send_header(key, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length or "0")
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass_on
-
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def flaky(bucket, moto_endpoint, monkeypatch):
-    """flaky(mode): from now on the endpoint is one that fails every second request."""
-    import s3fs
-
-    handler = type("Handler", (_Flaky,), {"upstream": moto_endpoint})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def choose(mode: str) -> type[_Flaky]:
-        handler.mode, handler.seen = mode, 0
-        # Neither library tries again by itself: what is tested is ours, and quick
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.server_address))
-        s3fs.S3FileSystem.clear_instance_cache()
-        return handler
-
-    yield choose
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize("mode", ["503", "drop"])
