@@ -8,9 +8,11 @@ import socket
 import sys
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -124,17 +126,19 @@ def bucket(moto_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 class _Flaky(BaseHTTPRequestHandler):
-    """Passes requests on to ``upstream``, and answers every second one with an error (mode 503) or not at all (drop). Mode
-    never: every one with an error, once ``good`` of them were passed on."""
+    """Passes requests on to ``upstream``, and answers every second one of a kind for an object with an error (mode 503) or not at
+    all (drop). Mode never: every one with an error, once ``good`` of them were passed on."""
 
-    upstream, mode, seen, good = "", "503", 0, 0
+    upstream, mode, good = "", "503", 0
+    seen: ClassVar[Counter[str]] = Counter()
     protocol_version = "HTTP/1.1"
 
     def _pass_on(self) -> None:
         cls = type(self)
-        cls.seen += 1
+        request = f"{self.command} {self.path}"
+        cls.seen[request] += 1
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if cls.seen > cls.good if cls.mode == "never" else cls.seen % 2:
+        if cls.seen.total() > cls.good if cls.mode == "never" else cls.seen[request] % 2:
             if cls.mode == "drop":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -172,7 +176,7 @@ def flaky(bucket, moto_endpoint, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def choose(mode: str, good: int = 0) -> type[_Flaky]:
-        handler.mode, handler.good, handler.seen = mode, good, 0
+        handler.mode, handler.good, handler.seen = mode, good, Counter()
         # Neither library tries again by itself: what is tested is ours, and quick
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)

@@ -65,7 +65,7 @@ def test_a_run_on_stored_shards_is_the_run_on_local_ones_also_resumed_elsewhere(
 ):
     here = configured("here", "steps=40", "run=here", "~callbacks.census", shuffle=shuffle)
     assert train(assemble(here))[0].good
-    first = configured("store", "steps=17", "run=store", "~callbacks.census", shuffle=shuffle)
+    first = configured("store", "steps=20", "run=store", "~callbacks.census", shuffle=shuffle)
     assert train(assemble(first))[0].good
     if shuffle == "shards":
         assert len(fetched(tmp_path)) < 8  # it trained before everything was fetched
@@ -80,7 +80,7 @@ def test_a_run_on_stored_shards_is_the_run_on_local_ones_also_resumed_elsewhere(
 def test_a_run_needs_little_room(configured, tmp_path):
     """Five shards fit: three of the training tokens, and two of validation."""
     gib = 5 * 2 * SHARD_TOKENS / (1 << 30)
-    config = configured("store", "steps=250", "run=one", "~callbacks.census", cache_gib=gib)
+    config = configured("store", "steps=150", "run=one", "~callbacks.census", cache_gib=gib)
     assert train(assemble(config))[0].good
     assert 3 <= len(fetched(tmp_path)) <= 5
     refused = configured("store", "steps=9", "run=two", cache_gib=gib, shuffle="windows")
@@ -101,8 +101,8 @@ def test_another_order_is_another_run_but_comparable(configured):
 
 
 def test_a_store_that_goes_away_ends_the_run_with_a_verdict_and_it_goes_on(configured, tmp_path, flaky):
-    train(assemble(configured("here", "steps=150", "run=here", "~callbacks.census")))
-    more = ["run=store", "steps=150", "checkpoint_every_steps=10", "~callbacks.census"]
+    train(assemble(configured("here", "steps=100", "run=here", "~callbacks.census")))
+    more = ["run=store", "steps=100", "checkpoint_every_steps=10", "~callbacks.census"]
     flaky("never", good=16)
     verdict, folder = train(assemble(configured("store", *more)))
     assert verdict.outcome == "data_unavailable"
@@ -139,7 +139,7 @@ def test_two_processes_killed_in_the_middle_go_on_as_if_nothing_had_been(configu
         shape = [
             "model=gpt_1m", "model.layers=1", "sequence_tokens=32", "batch_sequences=4", "eval_windows=8",
             "schedule=constant", "schedule.warmup_steps=1", "logger=none", "compile=false", "device=cpu",
-            "sample.max_new_tokens=4", "eval_every_steps=60", "checkpoint_every_steps=10", "steps=120",
+            "sample.max_new_tokens=4", "eval_every_steps=20", "checkpoint_every_steps=5", "steps=40",
             "trainer.devices=2", "~callbacks.census", f"out={tmp_path / 'out'}",
         ]  # fmt: skip
         return [sys.executable, "-m", "qtrain.cli", "train", *data, *shape, *more]
