@@ -30,6 +30,7 @@ def _parts(config: dict[str, Any]) -> tuple[Any, Any]:
 def check(cfg: DictConfig) -> None:
     """Raises ValueError for values that cannot be right."""
     from qtrain.data.object_store import check_address, is_address
+    from qtrain.data.parted import check_parts
     from qtrain.data.prepare import check_settings
 
     config = plain(cfg)
@@ -38,6 +39,7 @@ def check(cfg: DictConfig) -> None:
     check_settings(data["val_fraction"], data["num_workers"])
     if is_address(data["folder"]):
         check_address(data["folder"])
+    check_parts(config["stage"], config["part"], config["parts"])
 
 
 def run(cfg: DictConfig) -> int:
@@ -45,33 +47,51 @@ def run(cfg: DictConfig) -> int:
     from qtrain.data.optional_libraries import LibraryMissing
     from qtrain.data.progress import shown_progress
     from qtrain.data.read_ahead import StreamError
-    from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriteError
+    from qtrain.data.shard_writer import ShardWriteError
     from qtrain.data.shards import ShardError
     from qtrain.data.sources import SourceError
-    from qtrain.data.stored_shards import prepare_in
     from qtrain.data.tokenizers import TokenizerError
     from qtrain.data.worker_pool import WorkerDied
 
-    data = plain(cfg)["data"]
-    source, tokenizer = _parts({"data": data})
+    config = plain(cfg)
     try:
         with shown_progress() as progress:
-            shards = prepare_in(
-                data["folder"],
-                source,
-                tokenizer,
-                shard_tokens=data.get("shard_tokens", DEFAULT_SHARD_TOKENS),
-                val_fraction=data["val_fraction"],
-                num_workers=data["num_workers"],
-                progress=progress,
-            )
+            shards = _prepared(config, progress)
     except (
         SourceError, TokenizerError, LibraryMissing, ShardError, ShardWriteError, StreamError, WorkerDied,
     ) as error:  # fmt: skip
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
-    print_summary(shards, data["folder"])
+    if shards is not None:
+        print_summary(shards, config["data"]["folder"])
     return 0
+
+
+def _prepared(config: dict[str, Any], progress: Any) -> Any:
+    """The prepared data; None after a stage of a part that others have to follow."""
+    from qtrain.data.object_store import is_address
+    from qtrain.data.parted import PartedPreparation
+    from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS
+    from qtrain.data.stored_shards import prepare_in, put_in
+
+    data, stage, part = config["data"], config["stage"], config["part"]
+    source, tokenizer = _parts(config)
+    settings = {
+        "shard_tokens": data.get("shard_tokens", DEFAULT_SHARD_TOKENS),
+        "val_fraction": data["val_fraction"],
+        "num_workers": data["num_workers"],
+        "progress": progress,
+    }
+    if stage is None:
+        return prepare_in(data["folder"], source, tokenizer, **settings)
+    tasks = PartedPreparation(
+        source, tokenizer, config["parts"], None if is_address(data["folder"]) else data["folder"], **settings
+    )
+    done = tasks.merge() if stage == "merge" else getattr(tasks, stage)(part)
+    if done is None:
+        print(f"stage {stage} of part {part} is done; the parts' work lies in {tasks.work}")
+        return None
+    return put_in(data["folder"], done)
 
 
 def print_summary(shards: Any, folder: str | None) -> None:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ _DIGEST_DIGITS = 16
 _BYTES_PER_WORKER = 4 << 20
 # Ids of skipped documents that the manifest lists; all are counted
 _SKIPPED_LISTED = 100
-_FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
+FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
 
 
 def prepare(
@@ -136,29 +136,42 @@ def _write(
     assignment = splits.assign_sides(
         source, settings["val_fraction"], lambda done: progress("deduplicate and split", done, None)
     )
-    described = {
-        "name": source.name,
-        "fingerprint": fingerprint,
-        "documents": len(assignment.sides),
-        "skipped": len(source.skipped),
-        "first_skipped": list(source.skipped[:_SKIPPED_LISTED]),
-    }
-    if isinstance(tokenizer, BpeTraining):
-        tokenizer = tokenizer.train(_training_texts(source, assignment, progress))
-    workers = num_workers or max(1, min(usable_cores(), assignment.text_bytes // _BYTES_PER_WORKER))
+    described = description(source.name, fingerprint, len(assignment.sides), source.skipped)
+    tokenizer = trained(source, tokenizer, assignment, progress)
     with write_shards(
         directory, tokenizer, source=described, settings=settings, shard_tokens=settings["shard_tokens"]
     ) as writer:
-        counts = _encode(
-            source, assignment, DocumentEncoder(tokenizer, assignment.table), workers, writer, progress
-        )
+        counts = encode(source, assignment, tokenizer, num_workers, writer, progress)
         splits.check_sides(counts, source.name, settings["val_fraction"])
         described["sides"] = {side.name.lower(): counts[side] for side in Side}
         if source.fingerprint() != fingerprint:
-            raise RuntimeError(
-                f"source {source.name!r} changed while it was being prepared, so nothing was kept; prepare again "
-                "when nobody writes to it"
-            )
+            raise changed_meanwhile(source.name)
+
+
+def description(name: str, fingerprint: str, documents: int, skipped: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of the source, but for the ``sides``, which encoding finds."""
+    return {
+        "name": name,
+        "fingerprint": fingerprint,
+        "documents": documents,
+        "skipped": len(skipped),
+        "first_skipped": list(skipped[:_SKIPPED_LISTED]),
+    }
+
+
+def changed_meanwhile(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"source {name!r} changed while it was being prepared, so nothing was kept; prepare again when nobody writes to it"
+    )
+
+
+def trained(
+    source: TextSource, tokenizer: Tokenizer | BpeTraining, assignment: Assignment, progress: Progress
+) -> Tokenizer:
+    """``tokenizer``, where it is to be trained on the training documents of ``source``: so trained."""
+    if isinstance(tokenizer, BpeTraining):
+        return tokenizer.train(_training_texts(source, assignment, progress))
+    return tokenizer
 
 
 def _training_texts(source: TextSource, assignment: Assignment, progress: Progress) -> Iterator[str]:
@@ -169,15 +182,17 @@ def _training_texts(source: TextSource, assignment: Assignment, progress: Progre
         progress("train the tokenizer", done, total)
 
 
-def _encode(
+def encode(
     source: TextSource,
     assignment: Assignment,
-    encoder: DocumentEncoder,
-    workers: int,
+    tokenizer: Tokenizer,
+    num_workers: int | None,
     writer: ShardWriter,
     progress: Progress,
 ) -> Counter[Side]:
     """Writes every document that stays; returns how many are on which side."""
+    workers = num_workers or max(1, min(usable_cores(), assignment.text_bytes // _BYTES_PER_WORKER))
+    encoder = DocumentEncoder(tokenizer, assignment.table)
     counts: Counter[Side] = Counter()
     batches = in_batches(splits.labelled(source, assignment))
     with closing(map_in_order(encoder, batches, workers)) as encoded:
@@ -185,6 +200,6 @@ def _encode(
             for document in batch:
                 counts[document.side] += 1
                 if document.ids is not None:
-                    writer.append_tokens(_FOLDERS[document.side], document.ids, document.text_bytes)
+                    writer.append_tokens(FOLDERS[document.side], document.ids, document.text_bytes)
             progress("tokenize", counts.total(), len(assignment.sides))
     return counts

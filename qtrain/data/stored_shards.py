@@ -104,8 +104,18 @@ def prepare_in(
     shape = {key: settings[key] for key in ("val_fraction", "shard_tokens")}
     name = folder_name(source.name, source.fingerprint(), tokenizer, settings_of(**shape))
     store = ObjectStore(str(folder)).below(name)
+    if store.has(MANIFEST):
+        return open_stored(store.address, fetched_shards())
+    return put_in(folder, prepare(source, tokenizer, **settings))
+
+
+def put_in(folder: str | None, shards: TokenShards) -> TokenShards:
+    """``shards``; where ``folder`` is an address, those there, uploaded where they were not."""
+    if not is_address(folder):
+        return shards
+    store = ObjectStore(str(folder)).below(shards.directory.name)
     if not store.has(MANIFEST):
-        upload(prepare(source, tokenizer, **settings).directory, store)
+        upload(shards.directory, store)
     return open_stored(store.address, fetched_shards())
 
 
