@@ -21,6 +21,7 @@ from qtrain.overrides import UserError, did_you_mean
 PACKAGE = Path(__file__).parent
 # Where the classes are defined that configs may build: their constructors keep what they are given, or read text.
 BUILDABLE = (
+    "qtrain.data.prepared_folder",
     "qtrain.data.sources",
     "qtrain.data.streamed_text",
     "qtrain.data.token_files",

@@ -28,6 +28,7 @@ NEEDED = {
     "nanogpt_bin": ["train=train.bin", "val=val.bin", "tokenizer=byte"],
     "llmc_bin": ["train=shards", "val=null", "tokenizer=byte"],
     "megatron": ["train=corpus_text_document", "vocab_size=257"],
+    "prepared": ["address=prepared", "tokenizer=byte"],
     "mixture": [
         "parts={code:{weight:0.7,source:{_target_:qtrain.data.sources.StdlibSource}},bins:{weight:0.3,"
         "_target_:qtrain.data.token_files.TokenFiles,train:t.bin}}",

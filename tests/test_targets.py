@@ -39,9 +39,9 @@ def test_what_configs_build(target):
         ("qtrain.training.callbacks.census.write_json", "write_json is a function"),
         (
             "qtrain.training.callbacks.guard.QuantizedTransformer",
-            "configs build classes of qtrain.data.sources, ",
+            "configs build classes of qtrain.data.prepared_folder, ",
         ),
-        ("qtrain.data.shards.TokenShards", "configs build classes of qtrain.data.sources, "),
+        ("qtrain.data.shards.TokenShards", "configs build classes of qtrain.data.prepared_folder, "),
         ("qtrain.data.sources.Path.unlink", "qtrain.data.sources has no class 'Path.unlink'"),
         ("qtrain.data.sources.Path", "qtrain.data.sources has no class 'Path'"),
         ("qtrain.optim.AdamW.load_state_dict", "qtrain.optim has no class 'AdamW.load_state_dict'"),

@@ -29,47 +29,77 @@ def _parts(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def check(cfg: DictConfig) -> None:
     """Raises ValueError for values that cannot be right."""
+    from qtrain.data.object_store import check_address, is_address
+    from qtrain.data.parted import check_parts
     from qtrain.data.prepare import check_settings
 
     config = plain(cfg)
-    check_settings(config["data"]["val_fraction"], config["data"]["num_workers"])
+    data = config["data"]
     _parts(config)
+    check_settings(data["val_fraction"], data["num_workers"])
+    if is_address(data["folder"]):
+        check_address(data["folder"])
+    check_parts(config["stage"], config["part"], config["parts"])
 
 
 def run(cfg: DictConfig) -> int:
     """Prepares, and prints the folder and what it holds. 2 where the source or the place does not allow it."""
     from qtrain.data.optional_libraries import LibraryMissing
-    from qtrain.data.prepare import prepare
     from qtrain.data.progress import shown_progress
+    from qtrain.data.read_ahead import StreamError
     from qtrain.data.shard_writer import ShardWriteError
     from qtrain.data.shards import ShardError
     from qtrain.data.sources import SourceError
     from qtrain.data.tokenizers import TokenizerError
     from qtrain.data.worker_pool import WorkerDied
 
-    data = plain(cfg)["data"]
-    source, tokenizer = _parts({"data": data})
+    config = plain(cfg)
     try:
         with shown_progress() as progress:
-            shards = prepare(
-                source,
-                tokenizer,
-                data["folder"],
-                val_fraction=data["val_fraction"],
-                num_workers=data["num_workers"],
-                progress=progress,
-            )
-    except (SourceError, TokenizerError, LibraryMissing, ShardError, ShardWriteError, WorkerDied) as error:
+            shards = _prepared(config, progress)
+    except (
+        SourceError, TokenizerError, LibraryMissing, ShardError, ShardWriteError, StreamError, WorkerDied,
+    ) as error:  # fmt: skip
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
-    print_summary(shards)
+    if shards is not None:
+        print_summary(shards, config["data"]["folder"])
     return 0
 
 
-def print_summary(shards: Any) -> None:
-    """The folder, and of each split tokens, documents and bytes."""
+def _prepared(config: dict[str, Any], progress: Any) -> Any:
+    """The prepared data; None after a stage of a part that others have to follow."""
+    from qtrain.data.object_store import is_address
+    from qtrain.data.parted import PartedPreparation
+    from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS
+    from qtrain.data.stored_shards import prepare_in, put_in
+
+    data, stage, part = config["data"], config["stage"], config["part"]
+    source, tokenizer = _parts(config)
+    settings = {
+        "shard_tokens": data.get("shard_tokens", DEFAULT_SHARD_TOKENS),
+        "val_fraction": data["val_fraction"],
+        "num_workers": data["num_workers"],
+        "progress": progress,
+    }
+    if stage is None:
+        return prepare_in(data["folder"], source, tokenizer, **settings)
+    tasks = PartedPreparation(
+        source, tokenizer, config["parts"], None if is_address(data["folder"]) else data["folder"], **settings
+    )
+    done = tasks.merge() if stage == "merge" else getattr(tasks, stage)(part)
+    if done is None:
+        print(f"stage {stage} of part {part} is done; the parts' work lies in {tasks.work}")
+        return None
+    return put_in(data["folder"], done)
+
+
+def print_summary(shards: Any, folder: str | None) -> None:
+    """The folder, which lies in ``folder`` where that is an address, and of each split tokens, documents and bytes."""
+    from qtrain.data.object_store import is_address
+
     about, source = shards.manifest.tokenizer, shards.manifest.source
-    print(shards.directory)
+    print(f"{str(folder).rstrip('/')}/{shards.directory.name}" if is_address(folder) else shards.directory)
     print(
         f"tokenizer  {about['name']}: {about['vocab_size']:,} ids as {shards.manifest.dtype}, end of text {about['eot_token']}"
     )

@@ -123,8 +123,8 @@ def run_rank(config: dict[str, Any]) -> int:
     from qtrain.training.processes import RankZeroFailed, connected, rank
     from qtrain.training.resume import StartRefused
 
-    parts = assemble(config)
     try:
+        parts = assemble(config)
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
     except (StartRefused, ShardError, SourceError, StreamError, TokenizerError) as error:

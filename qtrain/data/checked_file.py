@@ -66,30 +66,38 @@ class CheckedFile:
         self.path, self.info, self._says = path, info, wording
         self._handle: int | None = None
         self._stamp: FileStamp | None = None
+        self._closing: weakref.finalize[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_handle": None, "_closing": None}
 
     def open(self, *, hashed: bool) -> None:
         """Opens and checks the file. Raises ShardError."""
-        name, witness, remedy = f"{self._says.kind} {self.path}", self._says.witness, self._says.restore
-        try:
-            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise ShardError(f"{name} is missing, {witness} {self.info.bytes} bytes; {remedy}") from None
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
-            raise ShardError(f"{name} cannot be opened: {error.strerror}; {remedy}") from error
-        weakref.finalize(self, os.close, handle)
+        handle = self._descriptor()
+        self._closing = weakref.finalize(self, os.close, handle)
         stamp = FileStamp.of(handle)
         if stamp.size != self.info.bytes:
             raise ShardError(
-                f"{name} is {stamp.size} bytes long, {witness} {self.info.bytes} bytes; {remedy}"
+                f"{self._says.kind} {self.path} is {stamp.size} bytes long, {self._says.witness} {self.info.bytes} bytes; "
+                f"{self._says.restore}"
             )
         if hashed or (self._stamp is not None and not self._stamp.shows(stamp)):
             self._check_bytes(handle, stamp)
         self._handle, self._stamp = handle, stamp
+
+    def _descriptor(self) -> int:
+        """Of the file, newly opened."""
+        name, remedy = f"{self._says.kind} {self.path}", self._says.restore
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ShardError(
+                f"{name} is missing, {self._says.witness} {self.info.bytes} bytes; {remedy}"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = "allow more open files (ulimit -n), or prepare again with larger shard_tokens"
+            raise ShardError(f"{name} cannot be opened: {error.strerror}; {remedy}") from error
 
     def _check_bytes(self, handle: int, stamp: FileStamp) -> None:
         name, remedy = f"{self._says.kind} {self.path}", self._says.restore
@@ -111,6 +119,12 @@ class CheckedFile:
             self.open(hashed=False)
         assert self._handle is not None
         return self._handle
+
+    def ahead(self) -> None:
+        """It will be read soon. A file that is here needs nothing."""
+
+    def release(self) -> None:
+        """It will not be read for some time."""
 
     def pread(self, count: int, offset: int) -> bytes:
         """``count`` bytes from byte ``offset``. Raises ShardError where the file ends before or cannot be read."""

@@ -1,6 +1,7 @@
 """What a run reads: a ``DataPlan`` is a checked configuration, a ``Corpus`` the data that it opens.
 
     PreparedText   texts, tokenized once into shards (``prepare``)
+    PreparedFolder such shards by their folder's path or address (``prepared_folder``)
     TokenFiles     files that other programs tokenized, read in place (``token_files``)
     Mixture        several of these, by weight (``mixture``)
     StreamedText   a Hugging Face dataset, tokenized while the run goes on (``streamed_text``)
@@ -16,10 +17,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtrain.data.cache import cache_root
-from qtrain.data.prepare import open_prepared, prepare
+from qtrain.data.manifest import MANIFEST
+from qtrain.data.object_store import ObjectStore, check_address, is_address
+from qtrain.data.prepare import open_prepared
 from qtrain.data.progress import Progress, shown_progress
+from qtrain.data.shard_windows import ShardWindows
+from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS
 from qtrain.data.shards import TokenShards
 from qtrain.data.sources import TextSource
+from qtrain.data.stored_shards import begin_fetching, fetched_shards, open_stored, prepare_in
 from qtrain.data.stream import TokenWindows, ValidationWindows, Windows
 from qtrain.data.tokenizers import BpeTraining, Tokenizer, get_tokenizer
 from qtrain.data.validation import ValidationSet
@@ -37,8 +43,8 @@ class Corpus(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to have read the same: ``shards`` (a name with a digest of all that
-        decides the tokens), ``fingerprint``, ``tokenizer`` (its name, or None), ``tokenizer_digest``, and more where a
-        corpus has more."""
+        decides the tokens), ``fingerprint``, ``tokenizer`` (its name, or None), ``tokenizer_digest``, ``order`` where the
+        samples come in another than that of ``TokenWindows``, and more where a corpus has more."""
 
     def train_windows(self, sequence_tokens: int, seed: int) -> Windows:
         """Training samples. Raises ValueError where there are too few tokens for one."""
@@ -90,7 +96,8 @@ def tokenizer_identity(tokenizer: Tokenizer | None) -> dict[str, str | None]:
 
 
 class PreparedText:
-    """Texts that are tokenized once, into shards under ``folder`` (None: ``cache_root()``)."""
+    """Texts that are tokenized once, into shards of ``shard_tokens`` under ``folder``: None for ``cache_root()``, a path,
+    or an address. shuffle: see ``PreparedCorpus``."""
 
     def __init__(
         self,
@@ -99,9 +106,12 @@ class PreparedText:
         val_fraction: float = 0.05,
         num_workers: int | None = None,
         folder: str | None = None,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        shuffle: str = "windows",
     ) -> None:
         self.source, self._tokenizer = source, any_tokenizer(tokenizer)
         self.val_fraction, self.num_workers, self.folder = val_fraction, num_workers, folder
+        self.shard_tokens, self.shuffle = shard_tokens, check_order(shuffle)
 
     @property
     def tokenizer(self) -> Tokenizer | BpeTraining:
@@ -114,10 +124,28 @@ class PreparedText:
     def open(self, recorded: Mapping[str, Any] | None = None) -> PreparedCorpus:
         """From the cache, or newly written with a bar a stage. The recorded folder is taken from the cache though the
         source gives other data now."""
-        root = Path(self.folder) if self.folder is not None else cache_root()
         name = None if recorded is None else str(recorded["shards"])
-        if name is not None and (root / name).is_dir():
-            return PreparedCorpus(open_prepared(root / name))
+        shards = None if name is None else self._kept(name)
+        if shards is None:
+            shards = self._prepared()
+        if name is not None and shards.directory.name != name:
+            raise ValueError(
+                f"the run was trained on {name}, and its source now gives {shards.directory.name}: the texts changed. "
+                f"Put the folder {name} back under {self.folder or cache_root()}, or point data.folder to where it is"
+            )
+        if is_address(self.folder):
+            begin_fetching(shards, self.shuffle)
+        return PreparedCorpus(shards, self.shuffle, at_hand=not is_address(self.folder))
+
+    def _kept(self, name: str) -> TokenShards | None:
+        """The prepared folder of that name, where there is one."""
+        if is_address(self.folder):
+            address = f"{check_address(str(self.folder))}/{name}"
+            return open_stored(address, fetched_shards()) if ObjectStore(address).has(MANIFEST) else None
+        directory = (Path(self.folder) if self.folder is not None else cache_root()) / name
+        return open_prepared(directory) if directory.is_dir() else None
+
+    def _prepared(self) -> TokenShards:
         with ExitStack() as stack:
             bars: list[Progress] = []
 
@@ -127,27 +155,33 @@ class PreparedText:
                         bars.append(stack.enter_context(shown_progress()))
                     bars[0](stage, done, total)
 
-            shards = prepare(
+            return prepare_in(
+                self.folder,
                 self.source,
                 self.tokenizer,
-                root,
                 val_fraction=self.val_fraction,
+                shard_tokens=self.shard_tokens,
                 num_workers=self.num_workers,
                 progress=progress,
             )
-        if name is not None and shards.directory.name != name:
-            raise ValueError(
-                f"the run was trained on {name}, and its source now gives {shards.directory.name}: the texts changed. "
-                f"Put the folder {name} back under {root}, or point data.folder to where it is"
-            )
-        return PreparedCorpus(shards)
+
+
+ORDERS = ("windows", "shards")
+
+
+def check_order(shuffle: str) -> str:
+    """Raises ValueError for an order of samples that there is not."""
+    if shuffle not in ORDERS:
+        raise ValueError(f"data.shuffle={shuffle!r}: allowed are {', '.join(ORDERS)}")
+    return shuffle
 
 
 class PreparedCorpus:
-    """A prepared folder."""
+    """A prepared folder. shuffle: ``windows`` of all shards together (``TokenWindows``), or ``shards``, one after the
+    other (``ShardWindows``). at_hand: it lies on this machine whole."""
 
-    def __init__(self, shards: TokenShards) -> None:
-        self.shards = shards
+    def __init__(self, shards: TokenShards, shuffle: str = "windows", at_hand: bool = True) -> None:
+        self.shards, self.shuffle, self.at_hand = shards, shuffle, at_hand
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -155,15 +189,18 @@ class PreparedCorpus:
 
     def identity(self) -> dict[str, Any]:
         manifest = self.shards.manifest
+        order = {} if self.shuffle == "windows" else {"order": self.shuffle}
         return {
+            **order,
             "shards": self.shards.directory.name,
             "fingerprint": manifest.source.get("fingerprint"),
             "tokenizer": manifest.tokenizer["name"],
             "tokenizer_digest": manifest.tokenizer["digest"],
         }
 
-    def train_windows(self, sequence_tokens: int, seed: int) -> TokenWindows:
-        return TokenWindows(self.shards.train, sequence_tokens, seed)
+    def train_windows(self, sequence_tokens: int, seed: int) -> Windows:
+        kind = TokenWindows if self.shuffle == "windows" else ShardWindows
+        return kind(self.shards.train, sequence_tokens, seed)
 
     def validation(self, sequence_tokens: int, max_windows: int | None) -> ValidationSet:
         windows = ValidationWindows(self.shards.val, sequence_tokens, max_windows)

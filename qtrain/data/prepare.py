@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ _DIGEST_DIGITS = 16
 _BYTES_PER_WORKER = 4 << 20
 # Ids of skipped documents that the manifest lists; all are counted
 _SKIPPED_LISTED = 100
-_FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
+FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
 
 
 def prepare(
@@ -68,12 +68,24 @@ def prepare(
     was altered, ShardWriteError when the place cannot be written (a full disk, no permission), WorkerDied when a process
     was killed, and RuntimeError when the source changes meanwhile. Nothing is left half-written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
-        raise ValueError(
-            f"source name {source.name!r}: it names a folder; letters, digits, - and _ are allowed"
-        )
     check_settings(val_fraction, num_workers)
-    settings: dict[str, Any] = {
+    settings = settings_of(val_fraction, shard_tokens)
+    progress("fingerprint", 0, None)
+    fingerprint = source.fingerprint()
+    name = folder_name(source.name, fingerprint, tokenizer, settings)
+    root = Path(out_dir) if out_dir is not None else cache_root()
+    directory = root / name
+    remove_stale(directory)
+    with writing(directory):
+        exists = directory.exists()
+    if not exists:
+        _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
+    return open_prepared(directory)
+
+
+def settings_of(val_fraction: float, shard_tokens: int) -> dict[str, Any]:
+    """What decides the tokens and the files beside source and tokenizer, as the manifest has it."""
+    return {
         "preparation_version": PREPARATION_VERSION,
         "val_fraction": val_fraction,
         "near_duplicate_share": splits.NEAR_DUPLICATE_SHARE,
@@ -82,18 +94,17 @@ def prepare(
         "min_samples": splits.MIN_SAMPLES,
         "shard_tokens": shard_tokens,
     }
-    progress("fingerprint", 0, None)
-    fingerprint = source.fingerprint()
+
+
+def folder_name(
+    source: str, fingerprint: str, tokenizer: Tokenizer | BpeTraining, settings: Mapping[str, Any]
+) -> str:
+    """SOURCE-TOKENIZER-DIGEST. Raises ValueError where the source's name is no folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", source):
+        raise ValueError(f"source name {source!r}: it names a folder; letters, digits, - and _ are allowed")
     identity = [FORMAT_VERSION, fingerprint, tokenizer.digest, settings]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
-    root = Path(out_dir) if out_dir is not None else cache_root()
-    directory = root / f"{source.name}-{tokenizer.name}-{digest}"
-    remove_stale(directory)
-    with writing(directory):
-        exists = directory.exists()
-    if not exists:
-        _write(source, fingerprint, tokenizer, directory, settings, num_workers, progress)
-    return open_prepared(directory)
+    return f"{source}-{tokenizer.name}-{digest}"
 
 
 def check_settings(val_fraction: float, num_workers: int | None) -> None:
@@ -125,29 +136,42 @@ def _write(
     assignment = splits.assign_sides(
         source, settings["val_fraction"], lambda done: progress("deduplicate and split", done, None)
     )
-    described = {
-        "name": source.name,
-        "fingerprint": fingerprint,
-        "documents": len(assignment.sides),
-        "skipped": len(source.skipped),
-        "first_skipped": list(source.skipped[:_SKIPPED_LISTED]),
-    }
-    if isinstance(tokenizer, BpeTraining):
-        tokenizer = tokenizer.train(_training_texts(source, assignment, progress))
-    workers = num_workers or max(1, min(usable_cores(), assignment.text_bytes // _BYTES_PER_WORKER))
+    described = description(source.name, fingerprint, len(assignment.sides), source.skipped)
+    tokenizer = trained(source, tokenizer, assignment, progress)
     with write_shards(
         directory, tokenizer, source=described, settings=settings, shard_tokens=settings["shard_tokens"]
     ) as writer:
-        counts = _encode(
-            source, assignment, DocumentEncoder(tokenizer, assignment.table), workers, writer, progress
-        )
+        counts = encode(source, assignment, tokenizer, num_workers, writer, progress)
         splits.check_sides(counts, source.name, settings["val_fraction"])
         described["sides"] = {side.name.lower(): counts[side] for side in Side}
         if source.fingerprint() != fingerprint:
-            raise RuntimeError(
-                f"source {source.name!r} changed while it was being prepared, so nothing was kept; prepare again "
-                "when nobody writes to it"
-            )
+            raise changed_meanwhile(source.name)
+
+
+def description(name: str, fingerprint: str, documents: int, skipped: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of the source, but for the ``sides``, which encoding finds."""
+    return {
+        "name": name,
+        "fingerprint": fingerprint,
+        "documents": documents,
+        "skipped": len(skipped),
+        "first_skipped": list(skipped[:_SKIPPED_LISTED]),
+    }
+
+
+def changed_meanwhile(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"source {name!r} changed while it was being prepared, so nothing was kept; prepare again when nobody writes to it"
+    )
+
+
+def trained(
+    source: TextSource, tokenizer: Tokenizer | BpeTraining, assignment: Assignment, progress: Progress
+) -> Tokenizer:
+    """``tokenizer``, where it is to be trained on the training documents of ``source``: so trained."""
+    if isinstance(tokenizer, BpeTraining):
+        return tokenizer.train(_training_texts(source, assignment, progress))
+    return tokenizer
 
 
 def _training_texts(source: TextSource, assignment: Assignment, progress: Progress) -> Iterator[str]:
@@ -158,15 +182,17 @@ def _training_texts(source: TextSource, assignment: Assignment, progress: Progre
         progress("train the tokenizer", done, total)
 
 
-def _encode(
+def encode(
     source: TextSource,
     assignment: Assignment,
-    encoder: DocumentEncoder,
-    workers: int,
+    tokenizer: Tokenizer,
+    num_workers: int | None,
     writer: ShardWriter,
     progress: Progress,
 ) -> Counter[Side]:
     """Writes every document that stays; returns how many are on which side."""
+    workers = num_workers or max(1, min(usable_cores(), assignment.text_bytes // _BYTES_PER_WORKER))
+    encoder = DocumentEncoder(tokenizer, assignment.table)
     counts: Counter[Side] = Counter()
     batches = in_batches(splits.labelled(source, assignment))
     with closing(map_in_order(encoder, batches, workers)) as encoded:
@@ -174,6 +200,6 @@ def _encode(
             for document in batch:
                 counts[document.side] += 1
                 if document.ids is not None:
-                    writer.append_tokens(_FOLDERS[document.side], document.ids, document.text_bytes)
+                    writer.append_tokens(FOLDERS[document.side], document.ids, document.text_bytes)
             progress("tokenize", counts.total(), len(assignment.sides))
     return counts

@@ -118,7 +118,18 @@ def _produce(
 
 # Those whose errors are no OSErrors
 _NETWORK_LIBRARIES = frozenset(
-    {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
+    {
+        "aiobotocore",
+        "aiohttp",
+        "botocore",
+        "fsspec",
+        "gcsfs",
+        "httpcore",
+        "httpx",
+        "huggingface_hub",
+        "requests",
+        "urllib3",
+    }
 )
 
 

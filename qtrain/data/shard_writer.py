@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -128,6 +128,17 @@ class ShardWriter:
             writer.write(ids)
             writer.write(self._eot)
         writer.documents += 1
+        writer.text_bytes += text_bytes
+
+    def append_split(
+        self, split: str, blocks: Iterable[NDArray[Any]], documents: int, text_bytes: int
+    ) -> None:
+        """Tokens of another folder of the same tokenizer, with the end-of-document tokens in them."""
+        writer = self._splits[split]
+        for block in blocks:
+            with writing(self.directory):
+                writer.write(block)
+        writer.documents += documents
         writer.text_bytes += text_bytes
 
     def finish(self, source: dict[str, Any], settings: dict[str, Any]) -> Manifest:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -43,6 +43,24 @@ __all__ = [
     "token_dtype",
     "write_shards",
 ]
+
+
+FileOf = Callable[[ShardInfo], CheckedFile]
+
+
+def read_manifest(data: bytes, place: str, remedy: str) -> Manifest:
+    """Of the bytes of a ``manifest.json`` at ``place``. Raises ShardError where this code cannot read it."""
+    try:
+        manifest = Manifest.from_json(data.decode("utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(f"{place} is not a readable manifest ({error!r}); {remedy}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise ShardError(
+            f"{place} has format version {manifest.format_version}, this code reads {FORMAT_VERSION}; {remedy}"
+        )
+    if set(manifest.splits) != set(SPLITS):
+        raise ShardError(f"{place} has splits {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -143,13 +161,11 @@ class TokenSplit:
 class ShardSplit(TokenSplit):
     """A split of a prepared folder. ``info``: what its manifest says."""
 
-    def __init__(self, directory: Path, name: str, info: SplitInfo, dtype: str, vocab_size: int) -> None:
+    def __init__(
+        self, directory: Path, name: str, info: SplitInfo, dtype: str, vocab_size: int, file: FileOf
+    ) -> None:
         self.directory, self.info = directory, info
-        wording = Wording.of_shard(directory)
-        segments = [
-            Segment(CheckedFile(directory / shard.file, shard, wording), 0, shard.tokens)
-            for shard in info.shards
-        ]
+        segments = [Segment(file(shard), 0, shard.tokens) for shard in info.shards]
         stored = np.dtype(dtype).newbyteorder("<")
         restore = "delete that folder, let it be prepared again"
         super().__init__(name, directory, segments, stored, vocab_size, restore)
@@ -161,12 +177,15 @@ class ShardSplit(TokenSplit):
 
 
 class TokenShards:
-    """An opened shard directory: ``manifest``, ``train`` and ``val``."""
+    """An opened shard directory: ``manifest``, ``train`` and ``val``. file: of a shard; default: the one in
+    ``directory``."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, file: FileOf | None = None) -> None:
         self.directory, self.manifest = directory, manifest
+        wording = Wording.of_shard(directory)
+        of = file or (lambda shard: CheckedFile(directory / shard.file, shard, wording))
         self.train, self.val = (
-            ShardSplit(directory, name, manifest.splits[name], manifest.dtype, manifest.vocab_size)
+            ShardSplit(directory, name, manifest.splits[name], manifest.dtype, manifest.vocab_size, of)
             for name in SPLITS
         )
 
@@ -199,19 +218,7 @@ class TokenShards:
         path = directory / MANIFEST
         if not path.is_file():
             raise ShardError(f"{directory} holds no {MANIFEST}, so it is no shard directory; {remedy}")
-        try:
-            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{path} is not a readable manifest ({error!r}); {remedy}") from error
-        if manifest.format_version != FORMAT_VERSION:
-            raise ShardError(
-                f"{path} has format version {manifest.format_version}, this code reads {FORMAT_VERSION}; {remedy}"
-            )
-        if set(manifest.splits) != set(SPLITS):
-            raise ShardError(
-                f"{path} has splits {sorted(manifest.splits)}, expected {list(SPLITS)}; {remedy}"
-            )
-        shards = TokenShards(directory, manifest)
+        shards = TokenShards(directory, read_manifest(path.read_bytes(), str(path), remedy))
         for split in (shards.train, shards.val):
             for file in split.files:
                 file.open(hashed=verify == "sha256")

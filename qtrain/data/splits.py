@@ -24,7 +24,7 @@ with prefix sums of a polynomial, a handful of vectorised passes over the bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -32,7 +32,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qtrain.data.sources import SourceError, TextSource
+from qtrain.data.sources import Document, SourceError, TextSource
 
 # About ten words: shorter windows match boilerplate such as "import os\nimport sys", longer ones lose every
 # match around a one-word edit (an edit destroys WINDOW_BYTES windows).
@@ -124,6 +124,13 @@ class WindowTable:
         order = np.argsort(hashes, kind="stable")
         self.hashes, self.owners = hashes[order], owners[order]
 
+    @staticmethod
+    def of(sizes: NDArray[np.int64], hashes: NDArray[np.uint64], owners: NDArray[np.int64]) -> WindowTable:
+        """A table that was kept."""
+        table = WindowTable([])
+        table.sizes, table.hashes, table.owners = sizes, hashes, owners
+        return table
+
     def settled(self, side: Side, text: str) -> Side:
         """``side``, or NEAR_DUPLICATE where it is TRAIN and ``text`` nearly duplicates a validation document."""
         if side is Side.TRAIN and self.has_near_duplicate(window_hashes(normalise(text))):
@@ -143,6 +150,54 @@ class WindowTable:
         return bool(((smaller >= MIN_SAMPLES) & (shared >= NEAR_DUPLICATE_SHARE * smaller)).any())
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over documents keeps of them, in their order. digests: [D, 16] uint8, of the normalised texts. windows:
+    of each document that may be one of validation, by its digest. text_bytes: up to whitespace."""
+
+    digests: NDArray[np.uint8]
+    windows: Mapping[bytes, NDArray[np.uint64]]
+    text_bytes: int
+
+
+def scanned(
+    documents: Iterable[Document], val_fraction: float, report: Callable[[int], None] = lambda done: None
+) -> Scan:
+    """One pass. report: called with the number of documents done."""
+    threshold, digests, text_bytes = int(val_fraction * 2.0**64), bytearray(), 0
+    windows: dict[bytes, NDArray[np.uint64]] = {}
+    for done, document in enumerate(documents, start=1):
+        data = normalise(document.text)
+        digest = hashlib.sha256(data).digest()[:_SEEN_BYTES]
+        digests += digest
+        if data and int.from_bytes(digest[:8], "little") < threshold and digest not in windows:
+            windows[digest] = window_hashes(data)
+        text_bytes += len(data)
+        report(done)
+    found = np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, _SEEN_BYTES)
+    return Scan(found, windows, text_bytes)
+
+
+def settled_sides(scans: Sequence[Scan], name: str, val_fraction: float) -> Assignment:
+    """The sides of the documents of ``scans``, which follow one another in source ``name``: as if one pass had been made
+    over all of them. Raises SourceError when a side would be empty."""
+    digests = np.concatenate([scan.digests for scan in scans])
+    low, high = np.ascontiguousarray(digests).view("<u8").reshape(-1, 2).T
+    order = np.lexsort((high, low))  # stable: of equal documents the first one stays first
+    low_sorted, high_sorted = low[order], high[order]
+    repeats = np.zeros(len(order), dtype=bool)
+    repeats[1:] = (low_sorted[1:] == low_sorted[:-1]) & (high_sorted[1:] == high_sorted[:-1])
+    sides = np.full(len(digests), Side.TRAIN, dtype=np.int8)
+    sides[low < np.uint64(int(val_fraction * 2.0**64))] = Side.VAL
+    sides[order[repeats]] = Side.EXACT_DUPLICATE
+    empty = hashlib.sha256(b"").digest()[:_SEEN_BYTES]
+    sides[(digests == np.frombuffer(empty, np.uint8)).all(axis=1)] = Side.EXACT_DUPLICATE
+    check_sides({side: int((sides == side).sum()) for side in Side}, name, val_fraction)
+    windows = {digest: hashes for scan in scans for digest, hashes in scan.windows.items()}
+    validation = [windows[digests[i].tobytes()] for i in np.flatnonzero(sides == Side.VAL)]
+    return Assignment(sides, WindowTable(validation), sum(scan.text_bytes for scan in scans))
+
+
 def assign_sides(
     source: TextSource, val_fraction: float = 0.05, report: Callable[[int], None] = lambda done: None
 ) -> Assignment:
@@ -150,32 +205,11 @@ def assign_sides(
 
     ``val_fraction``: the expected share of DOCUMENTS on the validation side, in (0, 1); the share of bytes
     varies with their sizes. Documents of whitespace alone count as exact duplicates (of the empty text).
-    ``report``: called with the number of documents done. Memory: about 100 bytes a document, and twice the bytes of the
+    ``report``: called with the number of documents done. Memory: about 60 bytes a document, and twice the bytes of the
     validation texts. Raises ValueError on a fraction outside (0, 1), SourceError when a side would be empty.
     """
     check_fraction(val_fraction)
-    threshold = int(val_fraction * 2.0**64)
-    seen: set[bytes] = set()
-    sides = bytearray()
-    validation: list[NDArray[np.uint64]] = []
-    text_bytes = 0
-    for document in source.documents():
-        data = normalise(document.text)
-        digest = hashlib.sha256(data).digest()[:_SEEN_BYTES]
-        if digest in seen or not data:
-            sides.append(Side.EXACT_DUPLICATE)
-        elif int.from_bytes(digest[:8], "little") < threshold:
-            sides.append(Side.VAL)
-            validation.append(window_hashes(data))
-        else:
-            sides.append(Side.TRAIN)
-        seen.add(digest)
-        text_bytes += len(data)
-        report(len(sides))
-    found = np.frombuffer(bytes(sides), dtype=np.int8)
-    counts = {side: int((found == side).sum()) for side in Side}
-    check_sides(counts, source.name, val_fraction)
-    return Assignment(found, WindowTable(validation), text_bytes)
+    return settled_sides([scanned(source.documents(), val_fraction, report)], source.name, val_fraction)
 
 
 def check_fraction(val_fraction: float) -> None:

@@ -169,14 +169,13 @@ def _fit(trainer: Trainer, module: QuantizedTransformer, data: Any, start: Start
             trainer.validate(module, data, verbose=False)
     except RunStopped as stopped:
         return stopped.verdict
-    except ShardError as error:  # cut while they were read
+    except (ShardError, StreamError) as error:  # cut while they were read; out of reach
+        outcome = "data_changed" if isinstance(error, ShardError) else "data_unavailable"
+        verdict = Verdict(outcome=outcome, step=trainer.global_step, message=str(error))
         if world_size() > 1:  # the others have not met it and wait for this process: its end ends them
+            _written(trainer, verdict)
             raise
-        return Verdict(outcome="data_changed", step=trainer.global_step, message=str(error))
-    except StreamError as error:
-        if world_size() > 1:
-            raise
-        return Verdict(outcome="data_unavailable", step=trainer.global_step, message=str(error))
+        return verdict
     except OSError as error:
         if not of_storage(trainer, error):
             raise
@@ -243,8 +242,9 @@ def _report(
     rows = read_metrics(folder / METRICS)
     # The n-gram counts grow with the vocabulary; on bytes they take seconds
     trigram = None
-    if isinstance(data.corpus, PreparedCorpus) and data.corpus.tokenizer.kind == "byte":
-        trigram = trigram_loss(data.corpus.shards, data.val)
+    corpus = data.corpus
+    if isinstance(corpus, PreparedCorpus) and corpus.at_hand and corpus.tokenizer.kind == "byte":
+        trigram = trigram_loss(corpus.shards, data.val)
     census = (
         json.loads((folder / CENSUS).read_text(encoding="utf-8")) if (folder / CENSUS).is_file() else None
     )

@@ -115,7 +115,8 @@ def differences(
             f"recipe: {theirs['recipe']} there, {config['recipe']} here (allow_changed=[recipe] goes on with it)"
         )
     found += _different_communication(theirs, config)
-    for key in ("shards", "tokenizer_digest", "sequence_tokens"):
-        if facts["data"][key] != data[key]:
-            found.append(f"data {key}: {facts['data'][key]} there, {data[key]} here")
+    for key in ("shards", "tokenizer_digest", "sequence_tokens", "order"):
+        there, here = facts["data"].get(key), data.get(key)
+        if there != here:
+            found.append(f"data {key}: {there} there, {here} here")
     return found

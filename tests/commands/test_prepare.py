@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,64 @@ def test_what_cannot_be_is_refused_by_name(corpus, capsys, override, message):
     assert re.search(message, err), err
     assert "Traceback" not in err
     assert not list((corpus.parent / "cache").glob("jsonl-*"))
+
+
+def test_an_array_of_tasks_prepares_what_one_process_does(corpus, tmp_path):
+    """The batch script, with a stand-in for srun; two tasks of a stage at once."""
+    rows = corpus.joinpath("a.jsonl").read_text().splitlines(keepends=True)
+    for k in range(3):
+        (corpus / f"{k}.jsonl").write_text("".join(rows[20 * k : 20 * k + 20]))
+    (corpus / "a.jsonl").unlink()
+    words = [
+        "data=jsonl",
+        f"data.source.paths=[{corpus}]",
+        "data.source.text_key=body",
+        "data.val_fraction=0.2",
+    ]
+    words += ["data.num_workers=1", "data.shard_tokens=2000"]
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    script = Path(__file__).parents[2] / "scripts" / "slurm" / "prepare_array.sbatch"
+    said = []
+    for stage in ("scan", "encode"):
+        running = [
+            subprocess.Popen(
+                ["bash", str(script), "2", stage, *words],
+                env={
+                    **os.environ,
+                    "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                    "SLURM_ARRAY_TASK_ID": str(part),
+                    "SLURM_CPUS_PER_TASK": "1",
+                },
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+            )
+            for part in range(2)
+        ]
+        said += [process.communicate(timeout=120)[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0]
+    assert "stage scan of part 1 is done" in said[1]
+    merged = [text for text in said[2:] if "left out" in text]
+    assert merged
+    directory = Path(merged[0].splitlines()[0])
+    array = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+    assert len(array) > 4
+    shutil.rmtree(directory)
+    assert main(["prepare", *words]) == 0
+    assert {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()} == array
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["stage=encode", "part=0", "parts=2"], "2 of 2 parts have not ended stage=scan"),
+        (["stage=scan", "part=2", "parts=2"], "part=2: stage=scan needs the task's number, 0 to 1"),
+        (["stage=merge"], "parts=None: give the number of tasks"),
+        (["data.folder=s3://key:secret@bucket/x"], "leave credentials and endpoints to the environment"),
+    ],
+)
+def test_tasks_that_cannot_be_done_are_refused(corpus, capsys, more, message):
+    code, _, err = prepared(capsys, corpus, *more)
+    assert code == 2
+    assert message in err

@@ -5,7 +5,7 @@ yields. Preparation streams over a source several times and never holds it in me
 same code.
 """
 
-from .base import Document, FileSource, NoFiles, SourceError, TextSource, fingerprint_documents
+from .base import Document, FileSource, NoFiles, SharedSource, SourceError, TextSource, fingerprint_documents
 from .huggingface import HuggingFaceSource
 from .jsonl import JsonLinesSource
 from .parquet import ParquetSource
@@ -18,6 +18,7 @@ __all__ = [
     "JsonLinesSource",
     "NoFiles",
     "ParquetSource",
+    "SharedSource",
     "SourceError",
     "StdlibSource",
     "TextFilesSource",

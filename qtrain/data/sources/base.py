@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
@@ -86,6 +87,26 @@ def matching_files(
     return sorted((Path(*file.parts[depth:]).as_posix(), file) for file in found)
 
 
+class SharedSource(TextSource, Protocol):
+    """A source that several tasks read, each its share. The documents of the shares 0, 1, ... follow one another as in
+    the whole source."""
+
+    def share(self, part: int, parts: int) -> SharedSource:
+        """Part ``part`` of ``parts``, possibly without documents. Raises SourceError where the source cannot be cut."""
+
+    def stamp(self) -> str:
+        """Hex digest that tasks agree on without reading the text: of names, sizes and times, or of a commit."""
+
+    def facts(self) -> list[Any]:
+        """Of a share, what the fingerprint of the whole is made of, as JSON values."""
+
+    def fingerprint_of(self, facts: Sequence[Any]) -> str:
+        """``fingerprint()`` of the whole, from the facts of all shares in order."""
+
+    def skipped_of(self, shares: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
+        """``skipped`` of the whole, from (documents, skipped) of all shares in order."""
+
+
 class FileSource:
     """Documents out of a sorted list of (id, path).
 
@@ -95,11 +116,44 @@ class FileSource:
 
     name: str
 
+    # (part, parts) of a share
+    _share: tuple[int, int] | None = None
+
     def __init__(self) -> None:
         self.skipped: tuple[str, ...] = ()
 
     def _files(self) -> list[tuple[str, Path]]:
         raise NotImplementedError
+
+    def _chosen(self) -> list[tuple[str, Path]]:
+        """All files; of a share, those whose middle byte lies in its part of all bytes."""
+        files = self._files()
+        if self._share is None:
+            return files
+        part, parts = self._share
+        sizes = [path.stat().st_size for _, path in files]
+        total, before, found = max(1, sum(sizes)), 0, []
+        for file, size in zip(files, sizes, strict=True):
+            if (2 * before + size) * parts // (2 * total) == part or (
+                part == parts - 1 and 2 * before + size >= 2 * total
+            ):
+                found.append(file)
+            before += size
+        return found
+
+    def share(self, part: int, parts: int) -> FileSource:
+        """Whole files."""
+        found = copy.copy(self)
+        found._share, found.skipped = (part, parts), ()
+        return found
+
+    def stamp(self) -> str:
+        stats = [(file_id, path.stat()) for file_id, path in self._files()]
+        listed = [(file_id, s.st_size, s.st_mtime_ns) for file_id, s in stats]
+        return hashlib.sha256(json.dumps([type(self).__name__, self._reading(), listed]).encode()).hexdigest()
+
+    def skipped_of(self, shares: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
+        return [skipped for _, listed in shares for skipped in listed]
 
     def _reading(self) -> dict[str, Any]:
         """Settings that decide which documents a file gives, as JSON values."""
@@ -111,13 +165,18 @@ class FileSource:
 
     def documents(self) -> Iterator[Document]:
         skipped: list[str] = []
-        for file_id, path in self._files():
+        for file_id, path in self._chosen():
             yield from self._read(file_id, path, skipped)
         self.skipped = tuple(skipped)
 
-    def fingerprint(self) -> str:
-        files = self._files()
+    def facts(self) -> list[Any]:
+        files = self._chosen()
         digests = RememberedDigests([path for _, path in files]).get()
-        ids = [file_id for file_id, _ in files]
-        whole = [type(self).__name__, self._reading(), list(zip(ids, digests, strict=True))]
+        return [[file_id, digest] for (file_id, _), digest in zip(files, digests, strict=True)]
+
+    def fingerprint_of(self, facts: Sequence[Any]) -> str:
+        whole = [type(self).__name__, self._reading(), list(facts)]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        return self.fingerprint_of(self.facts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -56,6 +57,7 @@ class HuggingFaceSource:
         last = dataset.rstrip("/").rsplit("/", 1)[-1]
         self.name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(filter(None, (last, config))))
         self._pinned: str | None = None
+        self._share: tuple[int, int] | None = None
 
     def commit(self) -> str | None:
         """The 40 digits of the commit on the hub; None for a local folder. Asks the hub once, unless ``revision`` is a
@@ -105,9 +107,49 @@ class HuggingFaceSource:
             )
         return found
 
+    def _rows(self) -> Iterator[Any]:
+        """In order; of a share, those of its files where they are streamed, else its part of all rows."""
+        found = self.load()
+        if self._share is None:
+            return itertools.islice(found, self.max_documents)
+        part, parts = self._share
+        if not self.streaming:
+            rows = len(found) if self.max_documents is None else min(len(found), self.max_documents)
+            return iter(found.select(range(rows * part // parts, rows * (part + 1) // parts)))
+        if self.max_documents is not None:
+            raise SourceError(
+                f"max_documents={self.max_documents} of a stream is the first rows, which cannot be shared by {parts} parts; "
+                "take streaming=false, or max_documents=null"
+            )
+        files = found.num_shards
+        mine = range(files * part // parts, files * (part + 1) // parts)
+        return itertools.chain.from_iterable(found.shard(num_shards=files, index=i) for i in mine)
+
+    def share(self, part: int, parts: int) -> HuggingFaceSource:
+        """Its ``skipped`` are numbered within the share."""
+        found = copy.copy(self)
+        found._share, found.skipped = (part, parts), ()
+        return found
+
+    def stamp(self) -> str:
+        return self.fingerprint()
+
+    def facts(self) -> list[Any]:
+        return []
+
+    def fingerprint_of(self, facts: Sequence[Any]) -> str:
+        return self.fingerprint()
+
+    def skipped_of(self, shares: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
+        found, before = [], 0
+        for documents, skipped in shares:
+            found += [f"{self.split}#{before + int(name.rsplit('#', 1)[1])}" for name in skipped]
+            before += documents + len(skipped)
+        return found
+
     def documents(self) -> Iterator[Document]:
         skipped = []
-        for number, row in enumerate(itertools.islice(self.load(), self.max_documents)):
+        for number, row in enumerate(self._rows()):
             if self.column not in row:
                 raise SourceError(
                     f"row {number} of {self.dataset!r} has no column {self.column!r}; it has {', '.join(row)}"
