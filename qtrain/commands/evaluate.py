@@ -91,5 +91,6 @@ def run(cfg: DictConfig) -> int:
     print(
         f"quantized         {numbers['quantized_fraction']:.1%} of the linear weights ({default.replace('_', ' ')})"
     )
+    print(f"compute           {numbers['compute']}")
     print(f"files             {folder}")
     return 0

@@ -185,7 +185,7 @@ def _native_layers(
         if faster is not None:
             able = faster({name: (_shape(linears[name]), planned[name]) for name in sorted(able)})
             if not able:
-                return "simulated (measured: native is slower than a plain layer)", set()
+                return "simulated (by the measured plan)", set()
         elif device == "cpu" and not tier().library:
             return f"simulated (only torch's int8 GEMM is here: {tier().reason})", set()
     kinds = sorted({kind for name in able for kind in kinds_of(planned[name])}, reverse=True)

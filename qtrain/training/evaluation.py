@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .auto_plan import as_trained
 from .callbacks.metrics_jsonl import bits_per_byte
 from .datamodule import WindowsDataModule, open_corpus
 from .fit import make_trainer
@@ -37,9 +38,12 @@ class Evaluation:
 
 
 def trained_module(run: TrainedRun) -> QuantizedTransformer:
-    """The run's model with its weights, under the recipe of ``run.parts``. Ranges with a state that this recipe does not
-    have are left out; raises ValueError where it has some that the run did not keep."""
-    module = QuantizedTransformer(run.parts, continues=True)
+    """The run's model with its weights, under the recipe of ``run.parts``; with ``compute=auto`` the layers are native that
+    were in training. Ranges with a state that this recipe does not have are left out; raises ValueError where it has some
+    that the run did not keep."""
+    native = run.checkpoint["qtrain"]["plan"].get("native")  # older checkpoints do not say
+    faster = None if native is None else as_trained(native)
+    module = QuantizedTransformer(run.parts, continues=True, faster=faster)
     module.configure_model()
     saved, own = run.checkpoint["state_dict"], module.state_dict()
     kept = {name: t for name, t in saved.items() if name in own or "quantizers" not in name.split(".")}
@@ -73,6 +77,7 @@ def evaluate(run: TrainedRun) -> Evaluation:
         "val_losses": data.val.losses(module.window_losses) if len(data.val.parts) > 1 else {},
         "perplexity": math.exp(min(module.val_loss, 700.0)),  # of a token; e^709 is the largest double
         "quantized_fraction": module.surgery.quantized_fraction,
+        "compute": module.surgery.compute,
         "data": data.identity(),
     }
     return Evaluation(module.window_losses.numpy(), numbers)

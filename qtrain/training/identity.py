@@ -38,12 +38,13 @@ def recipe_digest(recipe: ModelRecipe) -> str:
 
 
 def plan_of(surgery: SurgeryReport, recipe: ModelRecipe) -> dict[str, Any]:
-    """How each linear layer is computed: {"compute", "layers": {name: {operand: spec or None}}}."""
+    """How each linear layer is computed: {"compute", "native": [name], "layers": {name: {operand: spec or None}}}."""
     layers = {
         name: {operand: None if v is None else str(v) for operand, v in layer.operands().items()}
         for name, layer in surgery.plan.items()
     }
-    return {"compute": surgery.compute, "layers": layers}
+    native = [layer.name for layer in surgery.layers if layer.native]
+    return {"compute": surgery.compute, "native": native, "layers": layers}
 
 
 def check_allowed(names: Sequence[str]) -> None:

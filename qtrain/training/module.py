@@ -62,7 +62,8 @@ class StepReading:
 
 class QuantizedTransformer(LightningModule):
     """parts: from ``assemble``. The hyperparameters saved are its plain configuration. continues: whether the weights
-    of a checkpoint follow, so that no others are read first.
+    of a checkpoint follow, so that no others are read first. faster: what decides for ``compute=auto``; without it a
+    fit's measured plan.
 
     After each step ``reading`` is its StepReading; after each validation ``window_losses`` [n] float32 are the
     mean nats per token of every window.
@@ -71,9 +72,9 @@ class QuantizedTransformer(LightningModule):
     model: nn.Module
     surgery: SurgeryReport
 
-    def __init__(self, parts: Assembly, *, continues: bool = False) -> None:
+    def __init__(self, parts: Assembly, *, continues: bool = False, faster: Faster | None = None) -> None:
         super().__init__()
-        self._continues = continues
+        self._continues, self._given = continues, faster
         self.save_hyperparameters({"config": dict(parts.config)}, logger=False)
         self.parts, self.settings = parts, parts.settings
         self.reading: StepReading | None = None
@@ -105,12 +106,14 @@ class QuantizedTransformer(LightningModule):
             self.communication.attach_fsdp2(model)
 
     def _faster(self, device: str) -> Faster | None:
-        """What decides for ``compute=auto``: of a run its measured plan; elsewhere nothing is timed."""
-        if self.parts.recipe.compute != "auto" or self._trainer is None or self.trainer.state.fn != "fit":
+        if self._given is not None or self.parts.recipe.compute != "auto":
+            return self._given
+        if self._trainer is None or self.trainer.state.fn != "fit":
             return None
         tokens = self.settings.micro_batch_sequences * self.settings.sequence_tokens
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
-        return faster_layers(Path(self.trainer.default_root_dir), device=device, tokens=tokens, dtype=dtype)
+        folder, compiled = Path(self.trainer.default_root_dir), self.settings.compile
+        return faster_layers(folder, device=device, tokens=tokens, dtype=dtype, compiled=compiled)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.parts.optimizer.for_model(self.model)
