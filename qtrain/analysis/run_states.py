@@ -96,10 +96,12 @@ def of_run(tail: RunTail, alive: bool | None, job: JobState | None, now: float) 
         return Standing(REQUEUED if begun else QUEUED, job.reason)
     if job is not None and job.active:
         return Standing(STARTING, "goes on") if outcome else _lives(tail)
+    why = str(tail.verdict.get("message"))
     if job is not None and job.state == "CANCELLED":
-        return Standing(CANCELLED, job.reason)
+        return Standing(
+            CANCELLED, "; ".join([*filter(None, [job.reason]), *([why] if outcome else [])]) or None
+        )
     if outcome == "interrupted":
-        why = str(tail.verdict.get("message"))
         return Standing(INTERRUPTED, why if job is None else f"{why}; {_ended_badly(job)}")
     if job is not None:
         return Standing(FAILED, _ended_badly(job))

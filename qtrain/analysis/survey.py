@@ -204,7 +204,7 @@ def _row_of_run(
     log = arm.log if arm is not None else None
     nodes = (tail.attempts[-1].get("slurm") or {}).get("nodes") if tail.attempts else None
     cause = None
-    if standing.state in TROUBLE and tail.verdict.get("outcome") in (None, "interrupted") and log is not None:
+    if standing.state in TROUBLE and not tail.verdict and log is not None:
         cause = cause_in(logs_beside(log))
     return Row(
         label=label,
