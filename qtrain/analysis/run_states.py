@@ -145,7 +145,7 @@ def seconds_left(tail: RunTail, standing: Standing, now: float) -> float | None:
     if tail.steps is None or tail.pace is None:
         return None
     left = (tail.steps - tail.step) * tail.pace
-    return max(0.0, left - (now - tail.written)) if standing.state == RUNNING else max(0.0, left)
+    return max(0.0, left - max(0.0, now - tail.written)) if standing.state == RUNNING else max(0.0, left)
 
 
 def work_left(left: list[float | None], running: list[float]) -> float | None:
