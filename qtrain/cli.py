@@ -298,6 +298,8 @@ def _launch(
 ) -> int:
     if not multirun:
         return hydra.run(config_name, job, [*words, "hydra.mode=RUN"]).return_value
+    if config_name == "train":
+        words = [*words, *_announce(config_name, checks)]
     batches = hydra.multirun(config_name, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
     worst = 0
     for number, run in enumerate(run for batch in batches or [] for run in batch):
@@ -306,6 +308,21 @@ def _launch(
             print(f"run {number} ({which}) ended with exit code {run.return_value}", file=sys.stderr)
             worst = max(worst, run.return_value)
     return worst
+
+
+def _announce(command: str, checks: Overrides) -> list[str]:
+    """Says in the sweep's folder which runs this process will start, for ``qtrain status``. A launcher that submits them
+    says it itself. Returns the override that keeps Hydra in that folder, whose name has the time in it."""
+    from qtrain.cluster.submitted_sweep import write_local_sweep
+
+    runs = checks.combinations(multirun=True)
+    section = checks.compose(runs[0]).hydra
+    if "slurm" in str(section.launcher.get("_target_")).lower():
+        return []
+    arms = [[word for word in run if not word.startswith(("hydra.", "hydra/"))] for run in runs]
+    write_local_sweep(Path(section.sweep.dir), command, arms)
+    quoted = str(section.sweep.dir).replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.sweep.dir='{quoted}'"]
 
 
 def _deferred(words: list[str], checks: Overrides) -> list[str]:
