@@ -312,17 +312,29 @@ def _launch(
 
 def _announce(command: str, checks: Overrides) -> list[str]:
     """Says in the sweep's folder which runs this process will start, for ``qtrain status``. A launcher that submits them
-    says it itself. Returns the override that keeps Hydra in that folder, whose name has the time in it."""
+    says it itself, and a sampler does not know. Returns the override that keeps Hydra in that folder, whose name has the
+    time in it."""
     from qtrain.cluster.submitted_sweep import write_local_sweep
 
     runs = checks.combinations(multirun=True)
-    section = checks.compose(runs[0]).hydra
-    if "slurm" in str(section.launcher.get("_target_")).lower():
+    config = checks.compose(runs[0])
+    section = config.hydra
+    if "slurm" in str(section.launcher.get("_target_")).lower() or "Basic" not in section.sweeper.get(
+        "_target_", ""
+    ):
         return []
+    folders: list[str | None] = [None] * len(runs)  # named when they start
+    if config.get("run") is not None:
+        folders = [_run_folder(checks.compose(run), i) for i, run in enumerate(runs)]
     arms = [[word for word in run if not word.startswith(("hydra.", "hydra/"))] for run in runs]
-    write_local_sweep(Path(section.sweep.dir), command, arms)
+    write_local_sweep(Path(section.sweep.dir), command, arms, folders)
     quoted = str(section.sweep.dir).replace("\\", "\\\\").replace("'", "\\'")
     return [f"hydra.sweep.dir='{quoted}'"]
+
+
+def _run_folder(config: DictConfig, number: int) -> str:
+    _as_job(config, number)
+    return str(Path(config.out) / config.name / str(config.run))
 
 
 def _deferred(words: list[str], checks: Overrides) -> list[str]:

@@ -3,8 +3,9 @@
     {"command", "submitted_at", "launcher", "job", "cwd",
      "arms": [{"number", "job", "overrides", "folder", "log"}]}
 
-``folder`` and ``log`` are relative to ``cwd``, and an arm's folder appears when it starts. A sweep that runs in one process of this
-machine, arm after arm, names that ("process", "host") and neither jobs nor folders: its arms are known by their overrides.
+``folder`` and ``log`` are relative to ``cwd``, and an arm's folder appears when it starts. A sweep that runs in one process
+of this machine, arm after arm, names that ("process", "host") and no jobs; an arm whose run is named when it starts has no
+folder here, and is known by its overrides.
 """
 
 from __future__ import annotations
@@ -101,8 +102,11 @@ def _named_so(process: int) -> bool:
         return True
 
 
-def write_local_sweep(folder: Path, command: str, arms: Sequence[Sequence[str]]) -> Path:
-    """Announces the sweep that this process will run, whole or not at all. arms: the overrides of each. Returns its path."""
+def write_local_sweep(
+    folder: Path, command: str, arms: Sequence[Sequence[str]], folders: Sequence[str | None]
+) -> Path:
+    """Announces the sweep that this process will run, whole or not at all. arms: the overrides of each. folders: of their
+    runs, None where the run will be named when it starts. Returns its path."""
     content = {
         "command": command,
         "submitted_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -110,7 +114,10 @@ def write_local_sweep(folder: Path, command: str, arms: Sequence[Sequence[str]])
         "process": os.getpid(),
         "host": platform.node(),
         "cwd": str(Path.cwd()),
-        "arms": [{"number": i, "overrides": list(words)} for i, words in enumerate(arms)],
+        "arms": [
+            {"number": i, "overrides": list(words), "folder": run}
+            for i, (words, run) in enumerate(zip(arms, folders, strict=True))
+        ],
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{SWEEP}.partial"

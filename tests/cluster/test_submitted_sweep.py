@@ -61,12 +61,15 @@ def test_no_sweep_and_a_broken_one(tmp_path: Path) -> None:
 
 def test_a_local_sweep_names_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = write_local_sweep(Path("multirun/2026-11-26/19-02-11"), "train", [["w=int8_row"], ["w=int4_row"]])
+    path = write_local_sweep(
+        Path("multirun/2026-11-26/19-02-11"), "train", [["w=int8_row"], ["w=int4_row"]], [None, "outputs/b"]
+    )
     assert [p.name for p in path.parent.iterdir()] == ["sweep.json"]
     # This process is pytest's, and says nothing of qtrain but its paths
     monkeypatch.setattr("qtrain.cluster.submitted_sweep._named_so", lambda process: process == os.getpid())
     first, second = read_sweep(path.parent).arms
     assert (first.overrides, first.job, first.folder, first.lives) == (("w=int8_row",), None, None, True)
+    assert second.folder == Path("outputs/b")
     assert second.since == json.loads(path.read_text())["submitted_at"]
     value = json.loads(path.read_text())
     for change, lives in (
