@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "analysis": LOWEST | MIDDLE | {"cluster"},
     "training": LOWEST | MIDDLE | {"analysis", "methods", "cluster"},
     "commands": LOWEST | MIDDLE | UPPER,
-    "top": {"commands"},
+    "top": {"commands", "cluster"},
 }
 # library -> rooms or files that may import it; a library that is not named here may stand anywhere
 LIBRARIES: dict[str, tuple[str, ...]] = {
