@@ -12,6 +12,10 @@ and may have ``POSITIONAL``, the key that a bare word sets (``qtrain bench step`
 
 ENTRIES: dict[str, tuple[str, str]] = {
     "train": ("qtrain.commands.train", "pre-train a model; with -m, every combination of a sweep"),
+    "status": (
+        "qtrain.commands.status",
+        "how far runs and sweeps are, what failed and why, when they are done",
+    ),
     "prepare": ("qtrain.commands.prepare", "tokenize a corpus ahead of a run"),
     "evaluate": ("qtrain.commands.evaluate", "measure the loss of a trained model on held-out text"),
     "generate": ("qtrain.commands.generate", "continue a text with a trained model"),
@@ -20,10 +24,6 @@ ENTRIES: dict[str, tuple[str, str]] = {
     "verify": ("qtrain.commands.verify", "measure what papers claim of low-precision training"),
     "ladder": ("qtrain.commands.ladder", "which rung of a ladder of precisions to adopt, on one page"),
     "compare": ("qtrain.commands.compare", "hold runs against a baseline: gaps, stability, verdicts, gates"),
-    "status": (
-        "qtrain.commands.status",
-        "how far runs and sweeps are, what failed, why, and when all are done",
-    ),
     "doctor": ("qtrain.commands.doctor", "what this machine has, what is missing and how to get it"),
     "bench": ("qtrain.commands.bench", "time a training step (bench step) or a kernel (bench kernels)"),
 }
