@@ -78,6 +78,7 @@ class Overrides:
         self.loader, self.config_name = loader, config_name
         self.overrides = list(overrides)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def options(self, group: str) -> list[str]:
         return sorted(self.loader.get_group_options(group, ObjectType.CONFIG))
@@ -157,7 +158,11 @@ class Overrides:
         return override.package is not None or self._is_group(override.key_or_group)
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """The config of one run, Hydra's part included. Raises UserError with one line a problem."""
+        """The config of one run, Hydra's part included; the same one for the same overrides, since a sweep's arms are asked
+        for more than once. Raises UserError with one line a problem."""
+        known = tuple(overrides)
+        if known in self._composed:
+            return self._composed[known]
         problems = [text for o in self.parse(overrides) if (text := self._option_problem(o)) is not None]
         if not problems:
             base = self._base(overrides)
@@ -166,7 +171,8 @@ class Overrides:
             ]
         if problems:
             raise UserError("\n".join(dict.fromkeys(problems)))
-        return self._load(overrides)
+        self._composed[known] = self._load(overrides)
+        return self._composed[known]
 
     def _load(self, overrides: list[str]) -> DictConfig:
         try:

@@ -96,10 +96,12 @@ def of_run(tail: RunTail, alive: bool | None, job: JobState | None, now: float) 
         return Standing(REQUEUED if begun else QUEUED, job.reason)
     if job is not None and job.active:
         return Standing(STARTING, "goes on") if outcome else _lives(tail)
+    why = str(tail.verdict.get("message"))
     if job is not None and job.state == "CANCELLED":
-        return Standing(CANCELLED, job.reason)
+        return Standing(
+            CANCELLED, "; ".join([*filter(None, [job.reason]), *([why] if outcome else [])]) or None
+        )
     if outcome == "interrupted":
-        why = str(tail.verdict.get("message"))
         return Standing(INTERRUPTED, why if job is None else f"{why}; {_ended_badly(job)}")
     if job is not None:
         return Standing(FAILED, _ended_badly(job))
@@ -143,7 +145,7 @@ def seconds_left(tail: RunTail, standing: Standing, now: float) -> float | None:
     if tail.steps is None or tail.pace is None:
         return None
     left = (tail.steps - tail.step) * tail.pace
-    return max(0.0, left - (now - tail.written)) if standing.state == RUNNING else max(0.0, left)
+    return max(0.0, left - max(0.0, now - tail.written)) if standing.state == RUNNING else max(0.0, left)
 
 
 def work_left(left: list[float | None], running: list[float]) -> float | None:

@@ -11,7 +11,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .run_states import (
     FAILED,
     INTERRUPTED,
     LOST,
+    QUEUED,
     RUNNING,
     SILENT,
     TROUBLE,
@@ -90,12 +91,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Survey:
-    """rows: in the order of arms and folders. left: seconds until all are done, None where it cannot be told. notes: what
-    could not be asked."""
+    """rows: the arms, and then other folders, in their orders. notes: what could not be asked. arms: how many are arms."""
 
     rows: tuple[Row, ...]
-    left: float | None
     notes: tuple[str, ...] = ()
+    arms: int = 0
+
+    def of_arms(self) -> Survey:
+        """Without other folders."""
+        return replace(self, rows=self.rows[: self.arms])
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until all are done; None where it cannot be told."""
+        under_way = [row for row in self.rows if row.state in UNDER_WAY]
+        running = [row.left for row in under_way if row.state == RUNNING and row.left is not None]
+        return work_left([row.left for row in under_way], running)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -122,13 +133,21 @@ def survey(
     """folders: of runs. arms: of submitted sweeps; those with a folder are the same rows as it. alive: whether the process
     of a run's folder lives, None where that cannot be seen. ask: the batch system (``ask_slurm``). now: seconds since the
     epoch. read: of a folder what it says (a ``TailReader``, where this is called again and again)."""
+    read_first = {_key(folder): tail for folder in folders if (tail := read(folder)) is not None}
+    arms = [
+        replace(arm, folder=_started_as(arm, read_first.values())) if arm.folder is None else arm
+        for arm in arms
+    ]
     # An arm that was submitted again has the folder of the first time: the later submission counts
     arms = list({_key(arm.folder) if arm.folder else str(arm): arm for arm in arms}.values())
     of_arm = {_key(arm.folder): arm for arm in arms if arm.folder is not None}
-    places = {
-        _key(place): place for place in (*(arm.folder for arm in arms if arm.folder is not None), *folders)
+    further = {
+        key: arm.folder for key, arm in of_arm.items() if key not in read_first and arm.folder is not None
     }
-    tails = {key: tail for key, place in places.items() if (tail := read(place)) is not None}
+    tails = {
+        **read_first,
+        **{key: tail for key, place in further.items() if (tail := read(place)) is not None},
+    }
     waiting = [arm for arm in arms if arm.folder is None or _key(arm.folder) not in tails]
     jobs = [name for key, tail in tails.items() for name in _job_names(tail, of_arm.get(key))]
     queue = ask([*jobs, *(arm.job for arm in waiting if arm.job is not None)])
@@ -141,10 +160,16 @@ def survey(
         _row_of_arm(_arm_label(arm, arms), arm, queue) if arm in waiting else rows.pop(_key(arm.folder))
         for arm in arms
     ]
-    all_rows = (*of_arms, *rows.values())
-    under_way = [row for row in all_rows if row.state in UNDER_WAY]
-    running = [row.left for row in under_way if row.state == RUNNING and row.left is not None]
-    return Survey(all_rows, work_left([row.left for row in under_way], running), queue.notes)
+    return Survey((*of_arms, *rows.values()), queue.notes, len(of_arms))
+
+
+def _started_as(arm: ArmPlace, tails: Iterable[RunTail]) -> Path | None:
+    """The folder of an arm that none was fixed for: of the run that these words started since."""
+    for tail in tails:
+        first = tail.attempts[0] if tail.attempts else {}
+        if first.get("overrides") == list(arm.overrides) and str(first.get("time", "")) >= arm.since:
+            return tail.folder
+    return None
 
 
 def _key(folder: Path | None) -> str:
@@ -204,7 +229,7 @@ def _row_of_run(
     log = arm.log if arm is not None else None
     nodes = (tail.attempts[-1].get("slurm") or {}).get("nodes") if tail.attempts else None
     cause = None
-    if standing.state in TROUBLE and tail.verdict.get("outcome") in (None, "interrupted") and log is not None:
+    if standing.state in TROUBLE and not tail.verdict and log is not None:
         cause = cause_in(logs_beside(log))
     return Row(
         label=label,
@@ -228,6 +253,10 @@ def _row_of_arm(label: str, arm: ArmPlace, queue: Queue) -> Row:
     job = queue.jobs.get(arm.job) if arm.job is not None else None
     if job is not None:
         standing = of_job(job)
+    elif arm.job is None and arm.lives:
+        standing = Standing(QUEUED, "after others")
+    elif arm.job is None:
+        standing = Standing(LOST, "it never began, and the process of its sweep is gone")
     elif queue.asked:
         standing = Standing(LOST, "it left no folder, and SLURM no longer knows its job")
     else:
@@ -249,12 +278,18 @@ def _next(state: str, folder: Path | None, arm: ArmPlace | None, tail: RunTail |
     """The command that goes on with a run, or starts an arm again."""
     if state == SILENT and folder is not None:
         return f"tail -n 3 {shlex.quote(str(folder / 'metrics.jsonl'))}"
-    if state not in (INTERRUPTED, LOST, FAILED, CANCELLED) or folder is None:
+    if state not in (INTERRUPTED, LOST, FAILED, CANCELLED):
         return None
     words = arm.overrides if arm is not None else _words_of(tail)
+    if folder is None:
+        return shlex.join(["qtrain", "train", *words])
     fixed = {"name": folder.parent.name, "run": folder.name, "resume": "auto"}
     kept = [w for w in words if w.split("=", 1)[0] not in fixed]
-    start = ["qtrain", "train", *(["-m", "hydra/launcher=slurm"] if arm is not None else [])]
+    start = [
+        "qtrain",
+        "train",
+        *(["-m", "hydra/launcher=slurm"] if arm is not None and arm.job is not None else []),
+    ]
     return shlex.join([*start, *kept, *(f"{key}={value}" for key, value in fixed.items())])
 
 

@@ -3,14 +3,19 @@
     {"command", "submitted_at", "launcher", "job", "cwd",
      "arms": [{"number", "job", "overrides", "folder", "log"}]}
 
-``folder`` and ``log`` are relative to ``cwd``, and an arm's folder appears when it starts.
+``folder`` and ``log`` are relative to ``cwd``, and an arm's folder appears when it starts. A sweep that runs in one process
+of this machine, arm after arm, names that ("process", "host") and no jobs; an arm whose run is named when it starts has no
+folder here, and is known by its overrides.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +24,17 @@ SWEEP = "sweep.json"
 
 @dataclass(frozen=True)
 class ArmPlace:
-    """number: within the sweep. job: its name in the batch system. folder: of its run. log: of its standard output."""
+    """number: within the sweep. job: its name in the batch system. folder: of its run. log: of its standard output. lives:
+    of an arm without a job, whether the process that will start it lives; None where that cannot be seen. since: when it
+    was submitted, ISO 8601 in UTC."""
 
     number: int
     overrides: tuple[str, ...]
     job: str | None
     folder: Path | None
     log: Path | None
+    lives: bool | None = None
+    since: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,14 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / SWEEP if folder.is_dir() else folder
     if not path.is_file():
         raise ValueError(
-            f"multirun={folder}: there is no {SWEEP}, which sweeps have that were submitted (hydra/launcher=slurm); of others "
-            "give the runs, as in runs=[outputs/train]"
+            f"multirun={folder}: there is no {SWEEP}, which qtrain train -m leaves; of other "
+            "runs give the folders, as in runs=[outputs/train]"
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         cwd = Path(value.get("cwd") or ".")
-        arms = tuple(_arm(arm, cwd) for arm in value["arms"])
+        lives, since = _lives(value.get("process"), value.get("host")), str(value.get("submitted_at") or "")
+        arms = tuple(replace(_arm(arm, cwd), lives=lives, since=since) for arm in value["arms"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold a sweep ({type(error).__name__}: {error})") from error
     return Sweep(
@@ -70,6 +80,50 @@ def _arm(arm: Mapping[str, Any], cwd: Path) -> ArmPlace:
         folder=_place(arm.get("folder"), cwd),
         log=_place(arm.get("log"), cwd),
     )
+
+
+def _lives(process: Any, host: Any) -> bool | None:
+    if not isinstance(process, int) or host != platform.node():
+        return None
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return _named_so(process)
+
+
+def _named_so(process: int) -> bool:
+    """Whether it is one of qtrain: its number may be another's by now."""
+    try:
+        return b"qtrain" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:  # a system without /proc
+        return True
+
+
+def write_local_sweep(
+    folder: Path, command: str, arms: Sequence[Sequence[str]], folders: Sequence[str | None]
+) -> Path:
+    """Announces the sweep that this process will run, whole or not at all. arms: the overrides of each. folders: of their
+    runs, None where the run will be named when it starts. Returns its path."""
+    content = {
+        "command": command,
+        "submitted_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "launcher": "local",
+        "process": os.getpid(),
+        "host": platform.node(),
+        "cwd": str(Path.cwd()),
+        "arms": [
+            {"number": i, "overrides": list(words), "folder": run}
+            for i, (words, run) in enumerate(zip(arms, folders, strict=True))
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{SWEEP}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / SWEEP)
+    return folder / SWEEP
 
 
 def _place(name: Any, cwd: Path) -> Path | None:

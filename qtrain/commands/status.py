@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def check(cfg: DictConfig) -> None:
 def _look(config: dict[str, Any], read: Any = None) -> Any:
     """The survey of what the config names, now. read: a ``TailReader``, where this is asked again and again."""
     from qtrain.analysis.run_sources import run_folders
-    from qtrain.analysis.run_states import UNDER_WAY
+    from qtrain.analysis.run_states import LOST, SILENT
     from qtrain.analysis.run_tail import read_tail
-    from qtrain.analysis.survey import Survey, survey
+    from qtrain.analysis.survey import survey
     from qtrain.cluster.queue import Queue, ask_slurm
     from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
     from qtrain.training.run_folder import is_trained
@@ -83,32 +84,41 @@ def _look(config: dict[str, Any], read: Any = None) -> Any:
         return ask_slurm(jobs, seconds=config["slurm_seconds"])
 
     named = _sweep_folder(config)
-    if named is not None:
-        folders = [] if _names(config) == DEFAULT_RUNS else run_folders(_names(config))
-        return survey(folders, read_sweep(named).arms, alive=is_trained, ask=ask, now=time.time(), read=read)
     # None has begun yet where only a sweep waits
     begun = _names(config) != DEFAULT_RUNS or Path(*DEFAULT_RUNS).is_dir()
     folders = run_folders(_names(config)) if begun else []
-    # Of the sweeps that were submitted from here: where the logs of these runs are, and what the last one has waiting
-    here = {folder.absolute() for folder in folders}
-    sweeps = [read_sweep(folder) for folder in sweeps_below(MULTIRUN)]
-    last = set(sweeps[-1].arms) if sweeps else set()
-    arms = [
-        a
-        for s in sweeps
-        for a in s.arms
-        if (a.folder is not None and a.folder.absolute() in here) or a in last
-    ]
+    arms, notes = _arms(folders) if named is None else (list(read_sweep(named).arms), [])
     found = survey(folders, arms, alive=is_trained, ask=ask, now=time.time(), read=read)
-    mine = [r for r in found.rows if r.tail is not None or r.state in UNDER_WAY]
-    notes = found.notes
-    if len(mine) < len(found.rows):
-        where = sweeps[-1].folder
-        notes = (
-            *notes,
-            f"{len(found.rows) - len(mine)} arms of {where} never started: qtrain status multirun={where}",
-        )
-    return Survey(tuple(mine), found.left, notes)
+    if named is not None:
+        # The folders served to find those of a local sweep, unless they were asked for
+        return found if _names(config) != DEFAULT_RUNS else found.of_arms()
+    # Arms of a sweep of which nothing is left are history, and not of interest every day
+    rows = tuple(r for r in found.rows if r.tail is not None or r.state not in (LOST, SILENT))
+    if len(rows) < len(found.rows):
+        where = sweeps_below(MULTIRUN)[-1]
+        gone = len(found.rows) - len(rows)
+        notes.append(f"{gone} arms of {where} have left nothing: qtrain status multirun={where} shows them")
+    return replace(found, rows=rows, notes=(*found.notes, *notes))
+
+
+def _arms(folders: list[Path]) -> tuple[list[Any], list[str]]:
+    """Of the sweeps that were started from here: the arms of these folders, whose logs they know, and all of the last one;
+    and what could not be read."""
+    from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
+
+    here = {folder.absolute() for folder in folders}
+    arms: list[Any] = []
+    notes = []
+    places = sweeps_below(MULTIRUN)
+    for place in places:
+        try:
+            sweep = read_sweep(place)
+        except ValueError as error:
+            notes.append(str(error))
+            continue
+        last = place == places[-1]
+        arms += [a for a in sweep.arms if last or (a.folder is not None and a.folder.absolute() in here)]
+    return arms, notes
 
 
 def _exit_code(found: Any) -> int:

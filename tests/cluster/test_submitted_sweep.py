@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
+from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below, write_local_sweep
 
 SWEEP = {
     "command": "train", "submitted_at": "2026-11-26T19:02:11+00:00", "launcher": "slurm", "job": "120", "cwd": "/work/me",
@@ -48,10 +50,41 @@ def test_folders_are_relative_to_where_it_was_submitted(
 
 
 def test_no_sweep_and_a_broken_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no sweep.json, which sweeps have that were submitted"):
+    with pytest.raises(ValueError, match=r"there is no sweep.json, which qtrain train -m leaves"):
         read_sweep(tmp_path)
     for i, bad in enumerate(
         ["{", "[]", '{"arms": [{}]}', '{"arms": 3}', '{"arms": [{"number": "x", "overrides": []}]}']
     ):
         with pytest.raises(ValueError, match="does not hold a sweep"):
             read_sweep(written(tmp_path / str(i), bad))
+
+
+def test_a_local_sweep_names_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_local_sweep(
+        Path("multirun/2026-11-26/19-02-11"), "train", [["w=int8_row"], ["w=int4_row"]], [None, "outputs/b"]
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["sweep.json"]
+    # This process is pytest's, and says nothing of qtrain but its paths
+    monkeypatch.setattr("qtrain.cluster.submitted_sweep._named_so", lambda process: process == os.getpid())
+    first, second = read_sweep(path.parent).arms
+    assert (first.overrides, first.job, first.folder, first.lives) == (("w=int8_row",), None, None, True)
+    assert second.folder == Path("outputs/b")
+    assert second.since == json.loads(path.read_text())["submitted_at"]
+    value = json.loads(path.read_text())
+    for change, lives in (
+        ({"host": "another"}, None),
+        ({"process": 2**22 + 1}, False),
+        ({"process": None}, None),
+    ):
+        path.write_text(json.dumps({**value, **change}))
+        assert read_sweep(path.parent).arms[0].lives is lives
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    other = subprocess.Popen(["sleep", "60"])  # whose number was once that of a sweep
+    try:
+        path.write_text(json.dumps({**value, "process": other.pid}))
+        assert read_sweep(path.parent).arms[0].lives is False
+    finally:
+        other.kill()
+        other.wait()

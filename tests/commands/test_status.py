@@ -133,21 +133,35 @@ def test_the_next_command_is_the_one_that_goes_on(
     assert found["killed"]["next"] is None
 
 
-@pytest.fixture
-def training(out: Path, tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+@pytest.fixture(scope="module")
+def training(
+    out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """A run that trains in a process of its own, beyond its first steps."""
+    place = tmp_path_factory.mktemp("training")
     command = [sys.executable, "-m", "qtrain.cli", "train"]
-    command += words(out, "now", "steps=1000000", f"out={tmp_path / 'runs'}", "checkpoint_every_steps=0")
+    command += words(out, "now", "steps=1000000", f"out={place / 'runs'}", "checkpoint_every_steps=0")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "runs/arms/now/metrics.jsonl"
+    metrics = place / "runs/arms/now/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.stat().st_size > 3000):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    yield tmp_path / "runs", process
+    yield place / "runs", process
     process.kill()
     process.wait()
+
+
+def test_ctrl_c_ends_a_watch_cleanly(training: tuple[Path, subprocess.Popen[bytes]]) -> None:
+    runs, _ = training
+    command = [sys.executable, "-m", "qtrain.cli", "status", f"runs=[{runs}]", "watch=1"]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert watch.stdout is not None
+    assert b"1 running" in watch.stdout.readline()
+    watch.send_signal(signal.SIGINT)
+    _, err = watch.communicate(timeout=60)
+    assert (watch.returncode, err) == (0, b"")
 
 
 def test_a_run_that_trains_right_now(
@@ -175,17 +189,6 @@ def test_watch_ends_when_nothing_is_under_way(out: Path, capfd: pytest.CaptureFi
     code, said = status(capfd, f"runs=[{out / 'runs/arms/done'}]", "watch=1")
     assert code == 0
     assert said.count("1 run: 1 completed") == 1
-
-
-def test_ctrl_c_ends_a_watch_cleanly(training: tuple[Path, subprocess.Popen[bytes]]) -> None:
-    runs, _ = training
-    command = [sys.executable, "-m", "qtrain.cli", "status", f"runs=[{runs}]", "watch=1"]
-    watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert watch.stdout is not None
-    assert b"1 running" in watch.stdout.readline()
-    watch.send_signal(signal.SIGINT)
-    _, err = watch.communicate(timeout=60)
-    assert (watch.returncode, err) == (0, b"")
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -266,12 +269,63 @@ def test_a_submitted_sweep_by_the_queue(
     }  # fmt: skip
     assert found["too_long"]["cause"]["kind"] == "time limit"
     assert found["too_long"]["next"].endswith("w=too_long name=arms run=too_long resume=auto")
-    # Without multirun= the last sweep's waiting arms are shown too, and what never began is a note
+    # Without multirun= the arms of the last sweep are shown too, but for those that left nothing
+    broken = tmp_path / "multirun/2026-11-25/08-00-00"
+    broken.mkdir(parents=True)
+    (broken / "sweep.json").write_text("{")
+    arms.append(
+        {"number": 5, "job": "999", "overrides": ["w=gone"], "folder": "outputs/arms/gone", "log": None}
+    )
+    (folder / "sweep.json").write_text(json.dumps({"command": "train", "arms": arms, "cwd": str(tmp_path)}))
     code, said = status(capfd)
-    assert code == 0
-    assert "4 runs: 2 queued, 1 starting, 1 completed; no pace is known yet" in said
-    assert "1 arms of multirun" in said
+    assert code == 3
+    assert "5 runs: 2 queued, 1 starting, 1 completed, 1 failed; no pace is known yet" in said
+    said = " ".join(said.split())
+    assert "1 arms of multirun/2026-11-26/19-02-11 have left nothing" in said
+    assert "08-00-00/sweep.json does not hold a sweep" in said
     assert "JobHeldUser" in said
+
+
+def test_a_local_sweep(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its arms are known before they begin, by their words; here the second is killed, and the third never begins."""
+    monkeypatch.chdir(tmp_path)
+    given = [
+        w
+        for w in words(out, "x", f"out={tmp_path / 'outputs'}", "steps=5")
+        if not w.startswith(("run=", "steps=40"))
+    ]
+    child = os.fork()
+    if child == 0:
+        patch, losses = pytest.MonkeyPatch(), QuantizedTransformer.token_losses
+
+        def acting(self: QuantizedTransformer, batch: Any) -> Any:
+            if self.training and self.settings.seed == 7 and self.trainer.global_step == 3:
+                cli.main(["status", f"json={tmp_path / 'meanwhile.json'}"])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return losses(self, batch)
+
+        patch.setattr(QuantizedTransformer, "token_losses", acting)
+        patch.setattr(
+            "qtrain.cluster.submitted_sweep._named_so", lambda process: True
+        )  # this process is pytest's
+        cli.main(["train", "-m", *given, "seed=5,7,9"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (folder,) = (tmp_path / "multirun").glob("*/*")
+    assert sorted(path.name for path in folder.iterdir()) == ["multirun.yaml", "sweep.json"]
+    meanwhile = json.loads((tmp_path / "meanwhile.json").read_text())["runs"]
+    assert [(run["label"], run["state"]) for run in meanwhile] == [
+        ("seed=5", "completed"), ("seed=7", "running"), ("seed=9", "queued"),
+    ]  # fmt: skip
+    code, said = status(capfd, "multirun=last", "json=-")
+    assert code == 3
+    after = json.loads(said)["runs"]
+    assert [run["state"] for run in after] == ["completed", "lost", "lost"]
+    assert after[1]["next"].endswith(f"name=arms run={Path(after[1]['folder']).name} resume=auto")
+    assert after[2]["next"].startswith("qtrain train data=text")
+    assert "-m" not in after[1]["next"].split()
 
 
 def test_rows_beyond_the_limit_are_counted(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
