@@ -119,7 +119,7 @@ class SlurmLauncher(Base):
             wckey="qtrain",
             setup=asked.before(),
             teardown=asked.after(),
-            srun_args=list(asked.srun),
+            srun_args=asked.srun_arguments(),
             additional_parameters=options,
         )
         state = Singleton.get_state()

@@ -67,7 +67,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 MinJobAge=3600
 InactiveLimit=0
-KillWait={kill_wait}
+KillWait=30
 OverTimeLimit=0
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -164,10 +164,10 @@ class Slurm:
         return "\n".join(path.read_text(errors="replace").splitlines()[-30:])
 
 
-def _write_configuration(root: Path, kill_wait: int) -> None:
+def _write_configuration(root: Path) -> None:
     host = socket.gethostname().split(".")[0]
     ctld_port, *ports = _free_ports(1 + NODES)
-    text = CONF.format(root=root, host=host, ctld_port=ctld_port, kill_wait=kill_wait)
+    text = CONF.format(root=root, host=host, ctld_port=ctld_port)
     nodes = "".join(
         NODE.format(name=f"n{i}", host=host, port=port, cpus=CPUS) for i, port in enumerate(ports)
     )
@@ -182,11 +182,11 @@ def _write_configuration(root: Path, kill_wait: int) -> None:
 
 
 @contextmanager
-def running(root: Path, kill_wait: int = 5) -> Iterator[Slurm]:
+def running(root: Path) -> Iterator[Slurm]:
     """The cluster, until the block ends. root: an empty folder with a short path, since a socket is made in it."""
     for folder in ("ctld", "log", "spool/n0", "spool/n1"):
         (root / folder).mkdir(parents=True)
-    _write_configuration(root, kill_wait)
+    _write_configuration(root)
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(root / "slurm.conf")}
     key = root / "munge.key"
     key.write_bytes(os.urandom(128))
