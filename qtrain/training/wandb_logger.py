@@ -134,4 +134,4 @@ def make_logger(
     run.define_metric("tokens")
     for kind in KINDS_OF_METRICS:
         run.define_metric(f"{kind}/*", step_metric="tokens")
-    return WandbLogger(experiment=Segment(run))
+    return WandbLogger(experiment=Segment(run))  # type: ignore[arg-type]
