@@ -173,10 +173,10 @@ def test_a_preempted_sweep_ends_as_if_nothing_had_happened(cluster: Slurm, place
 
 def test_near_its_time_limit_a_job_requeues_itself_and_completes(cluster: Slurm, place: Path) -> None:
     folder = run_folder(place, "limited")
-    job = submit(cluster, place, "limited", "--signal=USR1@40")
+    job = submit(cluster, place, "limited", "--signal=USR1@70")
     pid = halt(folder)
-    # A minute from its start, of which the last 40 seconds have come by SLURM's next look (every 30 seconds)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    # Ninety seconds are left: SLURM's next look, within thirty, finds the last seventy near
+    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+90")
     until(lambda: pending(pid, signal.SIGUSR1), "SLURM's signal", 60)
     os.kill(pid, signal.SIGCONT)
     until(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", 30)
