@@ -174,6 +174,8 @@ EVIL = "{launcher: {setup: ['touch EVIL']}}"
         ("experiment/e.yaml", "# @package _global_\nhydra: {launcher: {python: 'touch EVIL;'}}\n", ["hydra/launcher=slurm", "experiment=e"]),
         # ... and that chooses the launcher
         ("experiment/e.yaml", "# @package _global_\ndefaults: [{override /hydra/launcher: slurm}]\n", ["experiment=e"]),
+        # ... and with it the plug-in's own launcher for SLURM, which takes shell too
+        ("experiment/e.yaml", "# @package _global_\ndefaults: [{override /hydra/launcher: submitit_slurm}]\n", ["experiment=e"]),
         # The primary config, shadowed
         ("train.yaml", None, ["hydra/launcher=slurm"]),
     ],

@@ -6,6 +6,7 @@ sends SIGCONT before SIGTERM, and the test sends it where SLURM does not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -97,11 +98,13 @@ def halt(folder: Path, step: int = 5) -> int:
     return pid
 
 
-def pending(pid: int, signum: int) -> bool:
-    """Whether a halted process has a signal waiting: proc(5), ShdPnd."""
-    mask = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    assert mask is not None
-    return bool(int(mask[1], 16) >> (signum - 1) & 1)
+def signalled(pid: int, signum: int) -> bool:
+    """Whether a halted process has a signal waiting (proc(5), ShdPnd), or has ended."""
+    try:
+        mask = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return mask is not None and bool(int(mask[1], 16) >> (signum - 1) & 1)
 
 
 def submit(cluster: Slurm, place: Path, run: str, *options: str) -> str:
@@ -177,9 +180,10 @@ def test_near_its_time_limit_a_job_requeues_itself_and_completes(cluster: Slurm,
     pid = halt(folder)
     # Ninety seconds are left: SLURM's next look, within thirty, finds the last seventy near
     cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+90")
-    until(lambda: pending(pid, signal.SIGUSR1), "SLURM's signal", 60)
-    os.kill(pid, signal.SIGCONT)
-    until(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", 30)
+    until(lambda: signalled(pid, signal.SIGUSR1), "SLURM's signal", 60)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: cluster.job(job).get("Restarts") == "1", "the requeue", 60)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     cluster.wait(job, "COMPLETED")
     assert [a["previous"] is None for a in attempts(folder)] == [True, False]
