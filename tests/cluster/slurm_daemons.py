@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -125,6 +125,34 @@ class Slurm:
 
     root: Path
     environment: Mapping[str, str]
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *command: str) -> None:
+        """A daemon in the foreground, which ends with this process."""
+        with (self.root / "log" / "output.txt").open("ab") as output:
+            self.daemons.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    preexec_fn=_end_with_parent,
+                )
+            )  # fmt: skip
+
+    def start_node(self, node: str) -> None:
+        self.start("slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str, job: str) -> None:
+        """As if its power had gone while it ran the job: its daemons and the job's processes are killed, and SLURM told so
+        before it finds out."""
+        (daemon,) = (d for d in self.daemons if d.poll() is None and list(d.args)[-2:] == ["-N", node])  # type: ignore[arg-type]
+        daemon.kill()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                steps = process.joinpath("cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+                variables = process.joinpath("environ").read_bytes().split(b"\0")
+                if steps or f"SLURM_JOB_ID={job}".encode() in variables:
+                    os.kill(int(process.name), signal.SIGKILL)
+        daemon.wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True)
@@ -195,23 +223,12 @@ def running(root: Path) -> Iterator[Slurm]:
         f"--seed-file={root}/munge.seed",
     ]
     slurm = Slurm(root, environment)
-    daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str) -> None:
-        with (root / "log" / "output.txt").open("ab") as output:
-            daemons.append(
-                subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                    preexec_fn=_end_with_parent,
-                )
-            )  # fmt: skip
-
     try:
-        start(*munged)
+        slurm.start(*munged)
         until(lambda: (root / "munge.sock").exists(), "munged's socket", 20)
-        start("slurmctld", "-D")
+        slurm.start("slurmctld", "-D")
         for i in range(NODES):
-            start("slurmd", "-D", "-N", f"n{i}")
+            slurm.start_node(f"n{i}")
         idle = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
 
         def ready() -> bool:
@@ -229,9 +246,9 @@ def running(root: Path) -> Iterator[Slurm]:
         with contextlib.suppress(Exception):
             slurm.run("scancel", "--user=root")
             until(lambda: not slurm.run("squeue", "-h").strip(), "the end of all jobs", 15)
-        for daemon in reversed(daemons):
+        for daemon in reversed(slurm.daemons):
             daemon.terminate()
-        for daemon in daemons:
+        for daemon in slurm.daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
             daemon.kill()

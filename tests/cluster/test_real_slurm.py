@@ -59,7 +59,7 @@ def cluster(slurm: Slurm) -> Slurm:
     path = f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"
     more = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     more["PATH"] = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
-    return Slurm(slurm.root, {**slurm.environment, **more})
+    return Slurm(slurm.root, {**slurm.environment, **more}, slurm.daemons)
 
 
 def qtrain(place: Path, environment: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[str]:
@@ -192,6 +192,24 @@ def test_near_its_time_limit_a_job_requeues_itself_and_completes(cluster: Slurm,
     segments = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert [s.stem for s in segments] == [f"run-{attempts(folder)[0]['run_id']}"] * 2  # one curve for W&B
     assert "is requeued: attempt 1 was stopped by a signal" in (place / "limited.log").read_text()
+    assert_same(folder, run_folder(place, "calm"))
+
+
+def test_a_run_whose_node_fails_goes_on_from_its_checkpoint_on_another(cluster: Slurm, place: Path) -> None:
+    folder = run_folder(place, "orphan")
+    job = submit(cluster, place, "orphan")
+    halt(folder, step=25)
+    node = cluster.job(job)["NodeList"]
+    cluster.lose_node(node, job)
+    try:
+        done = cluster.wait(job, "COMPLETED")
+    finally:
+        cluster.start_node(node)
+        cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert (done["Restarts"], done["NodeList"]) == ("1", {"n0": "n1", "n1": "n0"}[node])
+    assert [(a["step"], a["previous"], a["slurm"]["nodes"]) for a in attempts(folder)] == [
+        (0, None, node), (20, None, done["NodeList"])
+    ]  # fmt: skip
     assert_same(folder, run_folder(place, "calm"))
 
 
