@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from omegaconf import OmegaConf, open_dict
 
 from qtrain import interrupts
 from qtrain.cluster.allocation import Request, Shape
-from qtrain.cluster.queue import JobState, ask_slurm
-from qtrain.cluster.sweep_file import Arm, write_sweep
+from qtrain.cluster.sweep_file import SWEEP, Arm, write_sweep
+from qtrain.cluster.waiting import wait_for
 from qtrain.overrides import UserError
 from qtrain.submission import run_folder, shape_of
 
@@ -69,6 +68,8 @@ class SlurmLauncher(Base):
         shape = shape_of(configs, asked)
         sweep = Path(str(self.config.hydra.sweep.dir)).absolute()
         sweep.mkdir(parents=True, exist_ok=True)
+        if (sweep / SWEEP).exists():
+            raise UserError(f"{sweep} is another sweep's, submitted in this very second: submit it again")
         jobs = self._submit(job_overrides, asked, shape)
         arms = [
             Arm(number, job.job_id, _words(overrides, config), str(run_folder(config)), str(job.paths.stdout))
@@ -78,7 +79,7 @@ class SlurmLauncher(Base):
         path = write_sweep(sweep, str(self.config.hydra.job.name), array, arms, Path.cwd())
         print(f"submitted job {array}: {len(arms)} run(s), {path}", flush=True)
         if asked.wait:
-            codes = wait_for(arms, asked.poll_seconds, array)
+            codes = wait_for(arms, asked.poll_seconds)
         else:
             print(f"they run by themselves: qtrain status shows them, scancel {array} ends them")
             codes = [0] * len(arms)
@@ -119,7 +120,7 @@ class SlurmLauncher(Base):
             wckey="qtrain",
             setup=asked.before(),
             teardown=asked.after(),
-            srun_args=list(asked.srun),
+            srun_args=asked.srun_arguments(),
             additional_parameters=options,
         )
         state = Singleton.get_state()
@@ -147,68 +148,3 @@ def _ended(overrides: Sequence[str], code: int) -> JobReturn:
     done = JobReturn(overrides=list(filter_overrides(overrides)), status=JobStatus.COMPLETED)
     done.return_value = code
     return done
-
-
-def exit_status(state: JobState) -> int:
-    """Of an arm whose job has ended: the run's own, 130 where somebody cancelled it, 128 + n where signal n ended it, and 1
-    where SLURM did (TIMEOUT, NODE_FAIL, ...)."""
-    if state.state == "COMPLETED":
-        return 0
-    if state.state == "CANCELLED":
-        return 130
-    words = (state.exit_code or "").split()
-    if len(words) == 2:
-        return 128 + int(words[1])
-    return int(words[0]) if words and words[0] != "0" else 1
-
-
-def wait_for(arms: Sequence[Arm], poll_seconds: float, array: str) -> list[int]:
-    """Waits until all arms have ended, and prints what becomes of each. Returns their exit statuses. A signal ends the
-    waiting and leaves the jobs."""
-    known: dict[str, str] = {}
-    codes: dict[str, int] = {}
-    missing: dict[str, int] = {}
-    notes: set[str] = set()
-    common = set.intersection(*(set(arm.overrides) for arm in arms)) if len(arms) > 1 else set()
-    try:
-        while True:
-            queue = ask_slurm(arm.job for arm in arms if arm.job not in codes)
-            for note in set(queue.notes) - notes:
-                print(f"qtrain: {note}", file=sys.stderr, flush=True)
-            notes |= set(queue.notes)
-            for arm in arms:
-                state = queue.jobs.get(arm.job)
-                if arm.job in codes:
-                    continue
-                if state is None:
-                    missing[arm.job] = missing.get(arm.job, 0) + (1 if queue.asked else 0)
-                    if missing[arm.job] >= 3:
-                        print(
-                            f"{arm.job} is unknown to SLURM; how it ended stands in {arm.log}",
-                            file=sys.stderr,
-                        )
-                        codes[arm.job] = 1
-                    continue
-                if known.get(arm.job) != state.state:
-                    known[arm.job] = state.state
-                    print(_line(arm, state, common), flush=True)
-                if state.ended:
-                    codes[arm.job] = exit_status(state)
-            if len(codes) == len(arms):
-                return [codes[arm.job] for arm in arms]
-            time.sleep(poll_seconds)
-    except interrupts.Interrupted:
-        print(
-            f"no longer waiting; the jobs go on: qtrain status shows them, scancel {array} ends them",
-            file=sys.stderr,
-        )
-        raise
-
-
-def _line(arm: Arm, state: JobState, common: Set[str]) -> str:
-    """common: overrides that need no mention, since all arms have them."""
-    code = f", exit code {state.exit_code}" if state.exit_code and state.state == "FAILED" else ""
-    reason = f" ({state.reason})" if state.waiting and state.reason else ""
-    log = f"; {arm.log}" if state.ended and state.state != "COMPLETED" else ""
-    words = " ".join(word for word in arm.overrides if word not in common and not word.startswith("run="))
-    return f"{time.strftime('%H:%M:%S')} {arm.job} {state.state}{code}{reason}  {words}{log}"

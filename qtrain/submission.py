@@ -1,7 +1,8 @@
 """What is asked of a sweep before it is submitted to SLURM (``hydra/launcher=slurm``), beside what any run is asked.
 
 - **Who says what runs on the nodes.** The launcher's section holds lines of shell, so its file is named on the command line, and the
-  section is what that file and the command line say: an experiment or a recipe from elsewhere adds nothing.
+  section is what that file and the command line say: an experiment or a recipe from elsewhere adds nothing. This is
+  asked of every launcher but Hydra's basic one.
 - **Names.** Each arm's run has its name from here on, and goes on under it (``resume=auto``), so that a requeued job finds
   it: ``run=TIME-NUMBER``, where neither the command line nor the configs name runs.
 - **One shape.** An array's tasks are alike: nodes, tasks and GPUs of all arms must agree, with each other and with the
@@ -24,6 +25,9 @@ from qtrain.overrides import Overrides, UserError
 
 # Hydra builds plug-ins whose names begin so, and no others; ``plugin`` says which class this one is
 TARGET = "hydra_plugins.qtrain.SlurmLauncher"
+BASIC = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one run after the other, in this process
+)
 RESUME = "resume=auto"
 INSTALL = "pip install 'qtrain[slurm]'"
 
@@ -77,10 +81,12 @@ def prepare(module: ModuleType, words: list[str], checks: Overrides, *, multirun
 
 def section(base: DictConfig, checks: Overrides) -> dict[str, Any] | None:
     """The launcher's section, plain, of a sweep that is submitted; None for another. base: the config from which Hydra
-    builds its launcher. Raises UserError for one that the user did not ask for."""
-    if not submits(base):
+    builds its launcher. Raises UserError for one that the user did not ask for, whosever it is: others run shell too."""
+    if OmegaConf.select(base, "hydra.launcher._target_") == BASIC:
         return None
     check_trusted(base, checks)
+    if not submits(base):
+        return None
     if OmegaConf.select(base, "hydra.sweeper.max_batch_size") is not None:
         raise UserError(
             "hydra.sweeper.max_batch_size cuts a sweep up, and an array is submitted whole: leave it out; "
@@ -107,8 +113,8 @@ def check_trusted(base: DictConfig, checks: Overrides) -> None:
     chosen = [o for o in parsed if o.key_or_group == "hydra/launcher"]
     if not chosen or chosen[0].is_sweep_override():
         raise UserError(
-            "hydra.launcher submits to a cluster: that is said on the command line, once for the whole sweep, and not by a "
-            "config; write hydra/launcher=slurm, or the name of your cluster's file"
+            f"hydra.launcher._target_={base.hydra.launcher._target_}: where a sweep runs is said on the command line, once for "
+            "all of it, and not by a config; write hydra/launcher=NAME"
         )
     typed = [
         str(o.input_line) for o in parsed if o.key_or_group.startswith(("hydra/launcher", "hydra.launcher."))
@@ -122,7 +128,7 @@ def check_trusted(base: DictConfig, checks: Overrides) -> None:
         if mine.get(key) != said.get(key):
             raise UserError(
                 f"hydra.launcher.{key}={mine.get(key)}: a config changes what {chosen[0].input_line} says ({said.get(key)}), and "
-                "what runs on a cluster is said by that file or on the command line"
+                "that may be shell; say it in that file, or on the command line"
             )
 
 

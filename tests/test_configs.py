@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.cluster.allocation import Request
 from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
@@ -106,6 +107,14 @@ def test_every_primary_config_composes():
     assert primaries >= {"train", "prepare", "evaluate", "generate"}
     for name in primaries:
         OmegaConf.to_container(composed(name), resolve=True)
+
+
+@pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "hydra" / "launcher").glob("*.yaml"))])
+def test_every_launcher_says_what_a_batch_script_takes(name):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", [f"hydra/launcher={name}"], return_hydra_config=True)
+    section = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
+    Request.of(section)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "recipe").glob("*.yaml")), ids=lambda f: f.stem)

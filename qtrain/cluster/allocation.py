@@ -215,6 +215,10 @@ class Request:
             lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}")
         return [*lines, *self.setup]
 
+    def srun_arguments(self) -> list[str]:
+        # When one process has ended, the others have a minute; --kill-on-bad-exit would end those that still save
+        return ["--wait=60", *self.srun]
+
     def interpreter(self) -> str:
         """The shell's words that start Python in a task."""
         python = shlex.quote(sys.executable) if self.python is None else self.python

@@ -25,7 +25,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qtrain.cluster.slurm_job import SlurmJob
 
@@ -69,12 +69,12 @@ def decide(code: int, restarts: int, job: Mapping[str, str], most: int = MOST_RE
     return True, f"attempt {restarts + 1} was stopped by a signal and goes on"
 
 
-def requeue(code: int, most: int, job: SlurmJob, ask: Callable[..., str] = scontrol) -> bool:
+def requeue(code: int, most: int, job: SlurmJob) -> bool:
     """Requeues ``job`` where that is due; says what was done on standard error. Raises RuntimeError where SLURM cannot
     be asked, or refuses."""
     known: dict[str, str] = {}
     if code in AGAIN:
-        known = dict(re.findall(r"(\w+)=(\S*)", ask("-o", "show", "job", job.name)))
+        known = dict(re.findall(r"(\w+)=(\S*)", scontrol("-o", "show", "job", job.name)))
     again, why = decide(code, job.restarts, known, most)
     if again or code in AGAIN:
         print(
@@ -83,7 +83,7 @@ def requeue(code: int, most: int, job: SlurmJob, ask: Callable[..., str] = scont
             flush=True,
         )
     if again:
-        ask("requeue", job.name)
+        scontrol("requeue", job.name)
     return again
 
 

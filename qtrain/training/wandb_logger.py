@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
+
+from qtrain import interrupts
 
 from .run_folder import versions
 
@@ -54,6 +57,41 @@ def check_logger(config: Mapping[str, Any]) -> None:
         raise ValueError(f"logger.kind={config['kind']!r}: allowed are {', '.join(KINDS)}")
     if config["kind"] == "wandb" and config["mode"] not in MODES:
         raise ValueError(f"logger.mode={config['mode']!r}: allowed are {', '.join(MODES)}")
+
+
+class Segment:
+    """A W&B run whose own process may end before this one: SLURM signals every process of a job that it cancels or preempts,
+    and W&B's dies of that at once. Then the rest of this attempt is not in W&B, the step is still saved, and the next
+    attempt goes on with the curve. Without a signal such an end raises ConnectionError, as W&B has it."""
+
+    def __init__(self, run: Any) -> None:
+        self._run, self._lost = run, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    def log(self, *values: Any, **more: Any) -> None:
+        try:
+            self._run.log(*values, **more)
+        except ConnectionError as error:
+            if interrupts.pending() is None:
+                raise
+            self._lose(error)
+
+    def finish(self) -> None:
+        """Raises nothing: what it had is on disk, and the run's verdict is not W&B's."""
+        try:
+            self._run.finish()
+        except ConnectionError as error:
+            self._lose(error)
+
+    def _lose(self, error: ConnectionError) -> None:
+        if not self._lost:
+            print(
+                f"W&B's process has ended before the run ({error}): the last steps of this attempt are in metrics.jsonl alone",
+                file=sys.stderr,
+            )
+        self._lost = True
 
 
 def make_logger(
@@ -96,4 +134,4 @@ def make_logger(
     run.define_metric("tokens")
     for kind in KINDS_OF_METRICS:
         run.define_metric(f"{kind}/*", step_metric="tokens")
-    return WandbLogger(experiment=run)
+    return WandbLogger(experiment=Segment(run))  # type: ignore[arg-type]

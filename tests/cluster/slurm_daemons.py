@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -47,7 +47,6 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld_port}
 AuthType=auth/munge
 AuthInfo=cred_expire=5,socket={root}/munge.sock
-CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={root}/ctld
@@ -56,8 +55,6 @@ SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd.%n.log
-SwitchType=switch/none
-MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -67,7 +64,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 MinJobAge=3600
 InactiveLimit=0
-KillWait={kill_wait}
+KillWait=30
 OverTimeLimit=0
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -128,6 +125,34 @@ class Slurm:
 
     root: Path
     environment: Mapping[str, str]
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *command: str) -> None:
+        """A daemon in the foreground, which ends with this process."""
+        with (self.root / "log" / "output.txt").open("ab") as output:
+            self.daemons.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    preexec_fn=_end_with_parent,
+                )
+            )  # fmt: skip
+
+    def start_node(self, node: str) -> None:
+        self.start("slurmd", "-D", "-N", node)
+
+    def lose_node(self, node: str, job: str) -> None:
+        """As if its power had gone while it ran the job: its daemons and the job's processes are killed, and SLURM told so
+        before it finds out."""
+        (daemon,) = (d for d in self.daemons if d.poll() is None and list(d.args)[-2:] == ["-N", node])  # type: ignore[arg-type]
+        daemon.kill()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                steps = process.joinpath("cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+                variables = process.joinpath("environ").read_bytes().split(b"\0")
+                if steps or f"SLURM_JOB_ID={job}".encode() in variables:
+                    os.kill(int(process.name), signal.SIGKILL)
+        daemon.wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True)
@@ -164,10 +189,10 @@ class Slurm:
         return "\n".join(path.read_text(errors="replace").splitlines()[-30:])
 
 
-def _write_configuration(root: Path, kill_wait: int) -> None:
+def _write_configuration(root: Path) -> None:
     host = socket.gethostname().split(".")[0]
     ctld_port, *ports = _free_ports(1 + NODES)
-    text = CONF.format(root=root, host=host, ctld_port=ctld_port, kill_wait=kill_wait)
+    text = CONF.format(root=root, host=host, ctld_port=ctld_port)
     nodes = "".join(
         NODE.format(name=f"n{i}", host=host, port=port, cpus=CPUS) for i, port in enumerate(ports)
     )
@@ -182,11 +207,11 @@ def _write_configuration(root: Path, kill_wait: int) -> None:
 
 
 @contextmanager
-def running(root: Path, kill_wait: int = 5) -> Iterator[Slurm]:
+def running(root: Path) -> Iterator[Slurm]:
     """The cluster, until the block ends. root: an empty folder with a short path, since a socket is made in it."""
     for folder in ("ctld", "log", "spool/n0", "spool/n1"):
         (root / folder).mkdir(parents=True)
-    _write_configuration(root, kill_wait)
+    _write_configuration(root)
     environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(root / "slurm.conf")}
     key = root / "munge.key"
     key.write_bytes(os.urandom(128))
@@ -198,23 +223,12 @@ def running(root: Path, kill_wait: int = 5) -> Iterator[Slurm]:
         f"--seed-file={root}/munge.seed",
     ]
     slurm = Slurm(root, environment)
-    daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str) -> None:
-        with (root / "log" / "output.txt").open("ab") as output:
-            daemons.append(
-                subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                    preexec_fn=_end_with_parent,
-                )
-            )  # fmt: skip
-
     try:
-        start(*munged)
+        slurm.start(*munged)
         until(lambda: (root / "munge.sock").exists(), "munged's socket", 20)
-        start("slurmctld", "-D")
+        slurm.start("slurmctld", "-D")
         for i in range(NODES):
-            start("slurmd", "-D", "-N", f"n{i}")
+            slurm.start_node(f"n{i}")
         idle = ("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N")
 
         def ready() -> bool:
@@ -232,9 +246,9 @@ def running(root: Path, kill_wait: int = 5) -> Iterator[Slurm]:
         with contextlib.suppress(Exception):
             slurm.run("scancel", "--user=root")
             until(lambda: not slurm.run("squeue", "-h").strip(), "the end of all jobs", 15)
-        for daemon in reversed(daemons):
+        for daemon in reversed(slurm.daemons):
             daemon.terminate()
-        for daemon in daemons:
+        for daemon in slurm.daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
             daemon.kill()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 import pytest
 
+from qtrain import interrupts
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 from qtrain.training.run_folder import read_lines
-from qtrain.training.wandb_logger import check_logger, logged_in, resolved_mode
+from qtrain.training.wandb_logger import Segment, check_logger, logged_in, resolved_mode
 
 from .wandb_records import read_run, records
 
@@ -112,3 +114,33 @@ def test_a_resumed_run_is_one_curve(configure, tmp_path):
     assert {r["step"]: r["loss"] for r in curve} == {**losses[0], **losses[1]}
     tokens = {r["_step"]: r["tokens"] for r in second[1] if "train/loss" in r}
     assert tokens == {step: step * 4 * 32 for step in (5, 6, 7)}
+
+
+class Gone:
+    """A run whose process has died."""
+
+    def __init__(self):
+        self.logged = 0
+
+    def log(self, values, step):
+        self.logged += 1
+        raise ConnectionResetError("Connection lost")
+
+    def finish(self):
+        raise ConnectionResetError("Connection lost")
+
+
+def test_w_b_may_die_of_the_job_s_signal_and_of_nothing_else(capsys):
+    segment = Segment(Gone())
+    with pytest.raises(ConnectionResetError):
+        segment.log({"a": 1}, step=1)
+    interrupts.defer()
+    try:
+        interrupts._receive(signal.SIGTERM, None)
+        segment.log({"a": 1}, step=1)
+        segment.log({"a": 1}, step=1)
+    finally:
+        interrupts.settle(raising=False)
+    segment.finish()
+    assert capsys.readouterr().err.count("metrics.jsonl alone") == 1
+    assert segment.logged == 3
