@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from qtrain.commands.plan import inputs_of
 from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
@@ -105,6 +106,17 @@ def test_every_primary_config_composes():
     assert primaries >= {"train", "prepare", "evaluate", "generate"}
     for name in primaries:
         OmegaConf.to_container(composed(name), resolve=True)
+
+
+@pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "device").glob("*.yaml"))])
+def test_every_device_is_one_that_plans(name):
+    cfg = OmegaConf.to_container(composed("plan", f"device={name}"), resolve=True)
+    if cfg["device"].get("calibrate"):  # measured when it is asked for: tests/planning/test_calibration.py
+        assert cfg["device"] == {"calibrate": True}
+        return
+    inputs = inputs_of(cfg, measure=False)
+    assert inputs.device.name
+    assert (inputs.gpus, inputs.strategy, inputs.micro_batch_sequences) == (1, "none", 0)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "recipe").glob("*.yaml")), ids=lambda f: f.stem)
