@@ -83,9 +83,11 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     device = _device(config["device"], config["sequence_tokens"] if measure else None)
     processes = ProcessSettings.of(_gpus(config, device.gpus_per_node))
     settings = _settings(config, processes.world_size, RunSettings)
-    model = dict(config["model"])
-    # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
-    model_config = build(model, **({"vocab_size": 257} if model.get("vocab_size", 0) is None else {}))
+    model = config["model"]
+    if model.get("vocab_size", 0) is None:
+        # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
+        model = {**model, "vocab_size": 257}
+    model_config = build(model)
     if settings.sequence_tokens > model_config.sequence_tokens:
         raise ValueError(
             f"sequence_tokens={settings.sequence_tokens} exceeds model.sequence_tokens={model_config.sequence_tokens}; shorten the "

@@ -55,8 +55,8 @@ class Sharding:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one process. kept: for the backward, by what keeps it. peak: the most at once, and ``phase`` when. transient: of it,
-    what is none of the other parts."""
+    """Bytes of one process. kept: for the backward, by what keeps it. peak: the most at once, and ``phase`` when;
+    gradients_at_peak: of those of this step and the last, what is there then. transient: what is none of the other parts."""
 
     weights: int
     gradients: int
@@ -64,6 +64,7 @@ class MemoryPlan:
     buffers: int
     kept: Mapping[str, int]
     peak: int
+    gradients_at_peak: int
     phase: str
     phases: Mapping[str, int]
 
@@ -74,7 +75,7 @@ class MemoryPlan:
     @property
     def transient(self) -> int:
         kept = 0 if self.phase == "optimizer" else self.kept_bytes
-        return max(0, self.peak - self.weights - self.gradients - self.states - self.buffers - kept)
+        return max(0, self.peak - self.weights - self.gradients_at_peak - self.states - self.buffers - kept)
 
 
 def plan_memory(
@@ -97,12 +98,13 @@ def plan_memory(
     for piece in order:
         forward = max(forward, level + piece.forward_peak)
         level += kept_of(piece)
-    done = 0.0
+    done, then = 0.0, 0
     for piece in reversed(order):
         level -= kept_of(piece)
         whole = piece.backward_peak
         held = gradients if accumulates else share * done
-        backward = max(backward, int(level + whole + held) + sharding.reducing)
+        if (most := int(level + whole + held) + sharding.reducing) > backward:
+            backward, then = most, int(held)
         done += piece.gradients
     phases = {
         "forward": stays + gradients + forward,
@@ -118,7 +120,10 @@ def plan_memory(
             if id(piece) not in blocks:
                 for kind, nbytes in piece.kept.items():
                     kept[kind] = kept.get(kind, 0) + count * nbytes
-    return MemoryPlan(weights, gradients, optimizer.states, buffers, kept, phases[phase], phase, phases)
+    there = then if phase == "backward" else gradients
+    return MemoryPlan(
+        weights, gradients, optimizer.states, buffers, kept, phases[phase], there, phase, phases
+    )
 
 
 def grows_linearly(small: StepTrace, large: StepTrace, sequences: int) -> StepTrace:
