@@ -293,7 +293,7 @@ def _warnings(
             f"{time.total:.3g} s; it shows what low precision does to training, not what it saves"
         )
     copies = memory.kept.get("weight copies", 0)
-    if inputs.strategy == "fsdp2" and inputs.gpus > 1 and copies > memory.weights / 4:
+    if inputs.strategy == "fsdp2" and inputs.gpus > 1 and copies > memory.weights:
         yield (
             f"fsdp2 does not shard what autograd keeps of the weights ({_gib(copies)} of bf16 copies or quantized weights, a GPU); "
             "activation_checkpointing=true or a native recipe keeps none of them"
