@@ -70,6 +70,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     """measure: whether ``device=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
     TypeError for what cannot be planned."""
     from qtrain.planning.budget import LAWS, Failures
+    from qtrain.planning.communication import LowBits
     from qtrain.planning.plan import Inputs
     from qtrain.training.assembly import OptimizerParts, build
     from qtrain.training.processes import ProcessSettings
@@ -100,6 +101,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         weight_decay=optimizer.weight_decay,
         device=device,
         gpus=processes.world_size,
+        low_bits=LowBits.of(config["trainer"]),
         strategy=processes.sharding if processes.world_size > 1 else "none",
         batch_sequences=settings.batch_sequences,
         micro_batch_sequences=0

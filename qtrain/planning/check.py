@@ -33,7 +33,7 @@ from . import published
 from .budget import LAWS, Failures
 from .calibration import calibrated, clock
 from .check_wire import wire_bytes
-from .communication import Cluster, of_ddp, of_fsdp2
+from .communication import Cluster, LowBits, of_ddp, of_fsdp2
 from .compiled import compiled_blocks
 from .devices import Device
 from .fake_model import meta_model
@@ -95,6 +95,7 @@ def inputs_for(config: Any, device: Device, *, checkpointing: bool = False) -> I
     """One process, one micro-batch, eager."""
     return Inputs(
         model_config=config, make_optimizer=make_optimizer, weight_decay=0.1, device=device, gpus=1, strategy="none",
+        low_bits=LowBits(),
         batch_sequences=SEQUENCES, micro_batch_sequences=SEQUENCES, sequence_tokens=TOKENS, bf16=True, compile=False, trace_compiled=False,
         checkpointing=checkpointing, overhead_gib=0.0, margin_fraction=0.0, tokens=None, target_loss=None, law=LAWS["hoffmann"],
         failures=Failures(gpu_mtbf_hours=1e5, restart_minutes=1, write_gb_per_s=1),

@@ -30,7 +30,8 @@ REDUCED_BLOCKS = 1  # the buffer that a block's gradients leave in
 @dataclass(frozen=True)
 class Sharding:
     """strategy: ``none``, ``ddp`` or ``fsdp2``; processes. weights, largest_block, outer: float32 bytes of all parameters,
-    of the largest block and of those outside of blocks; local: of the rows of one process."""
+    of the largest block and of those outside of blocks; local: of the rows of one process. owed: what error feedback keeps
+    of low-bit gradients (docs/communication.md)."""
 
     strategy: str
     processes: int
@@ -38,6 +39,7 @@ class Sharding:
     local: int
     blocks: tuple[int, ...]
     outer: int
+    owed: int = 0
 
     @property
     def gathered(self) -> int:
@@ -87,6 +89,7 @@ def plan_memory(
     gradients = weights
     share = gradients / max(1, sharding.weights)
     buffers = sharding.weights if sharding.strategy == "ddp" and sharding.processes > 1 else sharding.gathered
+    buffers += sharding.owed if sharding.processes > 1 else 0
     stays = weights + optimizer.states + buffers
     order = [trace.embed, *(piece for piece, count in trace.blocks for _ in range(count)), trace.head]
     inner = {id(piece) for piece, _ in trace.blocks} if checkpointing else set()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from round_device import plain_device
 
-from qtrain.planning.communication import BUCKET_BYTES, NOTHING, Cluster, of_ddp, of_fsdp2
+from qtrain.planning.communication import BUCKET_BYTES, NOTHING, Cluster, LowBits, of_ddp, of_fsdp2
 
 MIB = 2**20
 
@@ -80,3 +80,20 @@ def test_latency_grows_with_the_ring() -> None:
     small = 64 * MIB
     few, many = (cluster(n, **slow).gather_seconds(small) for n in (64, 4096))
     assert many - few == pytest.approx((4095 - 63) * 6e-6, rel=0.05)
+
+
+def test_codes_travel_with_their_scales() -> None:
+    low = LowBits.of(
+        {"gather_weights": "int8_row", "reduce_gradients": "int4_group128", "error_feedback": "bfloat16"}
+    )
+    assert (low.gather, low.reduce, low.owed) == (8 / 32, (4 + 32 / 128) / 32, 2)
+    assert LowBits.of({"devices": 8}) == LowBits()
+    assert LowBits.of({"gather_weights": None, "error_feedback": "float32"}) == LowBits(), "nothing is owed"
+    two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
+    assert of_ddp(two, 1e9, 0.0, overlaps=False, low_bits=low).sent_bytes == pytest.approx(1e9 * low.reduce)
+    found = of_fsdp2(two, [1e9, 1e9], 2e9, 1, 0.0, 0.0, LowBits(gather=0.5, reduce=0.25))
+    # blocks gathered twice at a half, the outer once in float32; both reduced at a quarter; half of each is sent
+    assert found.sent_bytes == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2)
+    assert found.seconds == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2 / 1e9)
+    with pytest.raises(ValueError, match="int9"):
+        LowBits.of({"reduce_gradients": "int9_row"})
