@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from qtrain.cluster.allocation import Request
+from qtrain.commands.plan import inputs_of
 from qtrain.data.corpus import PreparedText
 from qtrain.data.sources import StdlibSource
 from qtrain.training.assembly import assemble
@@ -115,6 +116,17 @@ def test_every_launcher_says_what_a_batch_script_takes(name):
         cfg = compose("train", [f"hydra/launcher={name}"], return_hydra_config=True)
     section = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
     Request.of(section)
+
+
+@pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "device").glob("*.yaml"))])
+def test_every_device_is_one_that_plans(name):
+    cfg = OmegaConf.to_container(composed("plan", f"device={name}"), resolve=True)
+    if cfg["device"].get("calibrate"):  # measured when it is asked for: tests/planning/test_calibration.py
+        assert cfg["device"] == {"calibrate": True}
+        return
+    inputs = inputs_of(cfg, measure=False)
+    assert inputs.device.name
+    assert (inputs.gpus, inputs.strategy, inputs.micro_batch_sequences) == (1, "none", 0)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "recipe").glob("*.yaml")), ids=lambda f: f.stem)

@@ -70,6 +70,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     """measure: whether ``device=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
     TypeError for what cannot be planned."""
     from qtrain.planning.budget import LAWS, Failures
+    from qtrain.planning.communication import LowBits
     from qtrain.planning.plan import Inputs
     from qtrain.training.assembly import OptimizerParts, build
     from qtrain.training.processes import ProcessSettings
@@ -83,9 +84,11 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
     device = _device(config["device"], config["sequence_tokens"] if measure else None)
     processes = ProcessSettings.of(_gpus(config, device.gpus_per_node))
     settings = _settings(config, processes.world_size, RunSettings)
-    model = dict(config["model"])
-    # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
-    model_config = build(model, **({"vocab_size": 257} if model.get("vocab_size", 0) is None else {}))
+    model = config["model"]
+    if model.get("vocab_size", 0) is None:
+        # No tokenizer here; where a model leaves its vocabulary to one: bytes and the end of a document
+        model = {**model, "vocab_size": 257}
+    model_config = build(model)
     if settings.sequence_tokens > model_config.sequence_tokens:
         raise ValueError(
             f"sequence_tokens={settings.sequence_tokens} exceeds model.sequence_tokens={model_config.sequence_tokens}; shorten the "
@@ -98,6 +101,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         weight_decay=optimizer.weight_decay,
         device=device,
         gpus=processes.world_size,
+        low_bits=LowBits.of(config["trainer"]),
         strategy=processes.sharding if processes.world_size > 1 else "none",
         batch_sequences=settings.batch_sequences,
         micro_batch_sequences=0

@@ -3,7 +3,9 @@
     must be exact       parameters, gradients, optimizer states
     kept                what autograd keeps of a micro-batch: distinct storages (``qtrain.nn.saved_tensors``)
     peak                on CUDA the allocator's; on a CPU every storage from its birth to its death, which sees nothing inside of kernels
-    step                seconds, eager, medians; of a CPU processor time. The machine's rates are measured just before
+    kept, compiled      of a block, by a backend that cuts the graph as every backend does and makes no code (aot_eager)
+    step                seconds, eager, medians; of a CPU processor time. The machine's rates are measured just before.
+                        And over the step of ``none``: what is common to both, right or wrong, is gone
     wire                bytes that leave a process in a step, two processes with gloo (``check_wire``)
 
 and one linear layer against times that were measured on an H200 (``published``).
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.models.decoder import rope_angles
 from qtrain.models.gpt import GPTConfig
 from qtrain.models.llama import LlamaConfig
 from qtrain.nn.saved_tensors import saved_bytes
@@ -30,7 +33,8 @@ from . import published
 from .budget import LAWS, Failures
 from .calibration import calibrated, clock
 from .check_wire import wire_bytes
-from .communication import Cluster, of_ddp, of_fsdp2
+from .communication import Cluster, LowBits, of_ddp, of_fsdp2
+from .compiled import compiled_blocks
 from .devices import Device
 from .fake_model import meta_model
 from .operations import Tracker
@@ -91,6 +95,7 @@ def inputs_for(config: Any, device: Device, *, checkpointing: bool = False) -> I
     """One process, one micro-batch, eager."""
     return Inputs(
         model_config=config, make_optimizer=make_optimizer, weight_decay=0.1, device=device, gpus=1, strategy="none",
+        low_bits=LowBits(),
         batch_sequences=SEQUENCES, micro_batch_sequences=SEQUENCES, sequence_tokens=TOKENS, bf16=True, compile=False, trace_compiled=False,
         checkpointing=checkpointing, overhead_gib=0.0, margin_fraction=0.0, tokens=None, target_loss=None, law=LAWS["hoffmann"],
         failures=Failures(gpu_mtbf_hours=1e5, restart_minutes=1, write_gb_per_s=1),
@@ -197,14 +202,63 @@ def rows_of_memory(
 ) -> Iterator[Row]:
     """Every model under every recipe, and one whose activations are checkpointed."""
     for name in models:
+        steps: dict[str, Row] = {}
         for recipe_name, recipe in RECIPES.items():
             plan = plan_run(inputs_for(MODELS[name], device), recipe_name, recipe)
             run = SmallRun(MODELS[name], recipe, device.type)
-            yield from _rows_of_run(f"{name}, {recipe_name}", plan, run, kept=True, timed=timed)
+            for row in _rows_of_run(f"{name}, {recipe_name}", plan, run, kept=True, timed=timed):
+                yield row
+                if row.what == "step":
+                    steps[recipe_name] = row
+        base = steps.pop("none", None)
+        for row in steps.values():
+            assert base is not None
+            yield Row(
+                row.point,
+                "step over none's",
+                row.predicted / base.predicted,
+                row.measured / base.measured,
+                "",
+            )
     name = models[-1]
     plan = plan_run(inputs_for(MODELS[name], device, checkpointing=True), "none", RECIPES["none"])
     run = SmallRun(MODELS[name], RECIPES["none"], device.type, checkpointing=True)
     yield from _rows_of_run(f"{name}, none, checkpointed", plan, run, kept=False, timed=timed)
+
+
+def rows_of_compiled(names: Sequence[str] = ("none", "int8_lean")) -> Iterator[Row]:
+    """What a compiled block keeps of 1024 tokens."""
+    for model_name, config in MODELS.items():
+        for name in names:
+            predicted = compiled_blocks(config, RECIPES[name], tokens=TOKENS, dtype=torch.bfloat16)[0]
+            measured = compiled_block_bytes(config, RECIPES[name])
+            yield Row(
+                f"{model_name}, {name}",
+                "kept, compiled block",
+                predicted.at(SEQUENCES * TOKENS),
+                measured,
+                "bytes",
+            )
+
+
+def compiled_block_bytes(config: Any, recipe: ModelRecipe, backend: str = "aot_eager") -> int:
+    """Measured on real tensors."""
+    torch.compiler.reset()
+    model = config.build(seed=0)
+    apply_recipe(model, recipe)
+    block, angles = model.blocks[0], rope_angles(torch.arange(TOKENS), model.rope)
+    block.compile(fullgraph=True, backend=backend)
+    x = torch.randn(SEQUENCES, TOKENS, config.width).requires_grad_()
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = block(x, angles)
+        return y
+
+    run()
+    found = saved_bytes(run, [*model.parameters(), *angles])
+    torch.compiler.reset()
+    return found
 
 
 def rows_of_wire(device: Device) -> Iterator[Row]:
@@ -240,7 +294,7 @@ def measured(h200: Device | None = None, *, timed: bool = True) -> list[Row]:
     device = calibrated(sequence_tokens=TOKENS, head_width=HEAD_WIDTH)
     found = [*rows_of_memory(device, timed=timed)]
     if device.type == "cpu":
-        found += rows_of_wire(device)
+        found += [*rows_of_compiled(), *rows_of_wire(device)]
     if h200 is not None:
         found += rows_of_published(h200)
     return found
@@ -256,7 +310,9 @@ def as_numbers(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _shown(row: Row, value: float) -> str:
-    return f"{value:,.0f}" if row.unit == "bytes" else f"{value * 1e3:.2f} ms"
+    if row.unit == "s":
+        return f"{value * 1e3:.2f} ms"
+    return f"{value:,.0f}" if row.unit == "bytes" else f"{value:.2f}"
 
 
 def table(rows: Sequence[Row]) -> str:

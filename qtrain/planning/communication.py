@@ -9,6 +9,8 @@
     fsdp2      a micro-batch: all-gather of every block before its forward and before its backward, reduce-scatter of its gradient,
                all in float32: what a block gathers are the masters
 
+What travels as codes (``LowBits``) counts its bits and scales; encoding it is not counted.
+
 Volumes: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005, section 4.
 What reduce-scatter and all-gather cost a sharded step: ZeRO (Rajbhandari et al., 1910.02054, section 7): 1.5 times an all-reduce.
 """
@@ -16,13 +18,48 @@ What reduce-scatter and all-gather cost a sharded step: ZeRO (Rajbhandari et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from qtrain.quant import QuantSpec
 
 from .devices import Device
 
 BUCKET_BYTES = 25 * 2**20  # torch.nn.parallel.DistributedDataParallel's bucket_cap_mb
 STRATEGIES = ("none", "ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class LowBits:
+    """gather, reduce: bytes that travel, of float32's. owed: bytes an element of the model that error feedback keeps."""
+
+    gather: float = 1.0
+    reduce: float = 1.0
+    owed: int = 0
+
+    @staticmethod
+    def of(trainer: Mapping[str, Any]) -> LowBits:
+        """From ``gather_weights``, ``reduce_gradients`` and ``error_feedback`` of a configuration's trainer, where it has
+        them. Raises ValueError for what is no spec."""
+        reduces = trainer.get("reduce_gradients") is not None
+        kept = {"float32": 4, "bfloat16": 2}.get(str(trainer.get("error_feedback")), 0)
+        return LowBits(
+            _share(trainer.get("gather_weights")),
+            _share(trainer.get("reduce_gradients")),
+            kept if reduces else 0,
+        )
+
+
+FLOAT32 = LowBits()
+
+
+def _share(value: Any) -> float:
+    """Bits of a code and of its share of a float32 scale, over 32. Scales of whole rows are too few to count."""
+    if value is None:
+        return 1.0
+    spec = QuantSpec.of(value)
+    return (spec.bits + (32 / spec.blocks.columns if spec.blocks.columns else 0)) / 32
 
 
 @dataclass(frozen=True)
@@ -77,13 +114,19 @@ NOTHING = Communication(0.0, 0.0, 0.0)
 
 
 def of_ddp(
-    cluster: Cluster, gradient_bytes: float, backward_seconds: float, *, overlaps: bool
+    cluster: Cluster,
+    gradient_bytes: float,
+    backward_seconds: float,
+    *,
+    overlaps: bool,
+    low_bits: LowBits = FLOAT32,
 ) -> Communication:
     """overlaps: whether gradients arrive one after the other, as in eager code. A model compiled whole gives them all
     at the end. backward_seconds: of the last micro-batch, which is what the buckets can hide behind."""
     if cluster.gpus == 1:
         return NOTHING
     buckets = max(1, math.ceil(gradient_bytes / BUCKET_BYTES))
+    gradient_bytes *= low_bits.reduce
     one = cluster.reduce_seconds(gradient_bytes / buckets)
     seconds = buckets * one
     exposed = max(seconds - backward_seconds, one) if overlaps else seconds
@@ -97,19 +140,26 @@ def of_fsdp2(
     micro_batches: int,
     forward_seconds: float,
     backward_seconds: float,
+    low_bits: LowBits = FLOAT32,
 ) -> Communication:
     """blocks: float32 bytes of each block's parameters; outer: of those outside of blocks, which stay gathered from the
     forward to the backward. forward_seconds, backward_seconds: of a micro-batch's computation, behind which gathering the next block hides;
     the first gather and the last reduce-scatter of a micro-batch hide behind nothing."""
     if cluster.gpus == 1:
         return NOTHING
-    gather = sum(map(cluster.gather_seconds, blocks))
-    outer_seconds = cluster.gather_seconds(outer)
-    forward, backward = gather + outer_seconds, 2 * gather + outer_seconds
-    edge = cluster.gather_seconds(blocks[0]) if blocks else 0.0
-    exposed = outer_seconds + edge + max(0.0, gather - edge - forward_seconds)
-    exposed += edge + max(0.0, backward - edge - backward_seconds)
-    sent = cluster.gather_bytes(3 * sum(blocks) + 2 * outer)
+    gather = sum(cluster.gather_seconds(low_bits.gather * block) for block in blocks)
+    reduce = sum(cluster.gather_seconds(low_bits.reduce * block) for block in blocks)
+    outer_gather, outer_reduce = (
+        cluster.gather_seconds(outer),
+        cluster.gather_seconds(low_bits.reduce * outer),
+    )
+    forward, backward = gather + outer_gather, gather + reduce + outer_reduce
+    first = cluster.gather_seconds(low_bits.gather * blocks[0]) if blocks else 0.0
+    last = cluster.gather_seconds(low_bits.reduce * blocks[0]) if blocks else 0.0
+    exposed = outer_gather + first + max(0.0, gather - first - forward_seconds)
+    exposed += last + max(0.0, backward - last - backward_seconds)
+    whole = sum(blocks)
+    sent = cluster.gather_bytes(low_bits.gather * 2 * whole + outer + low_bits.reduce * (whole + outer))
     return Communication(
         micro_batches * sent,
         micro_batches * (forward + backward),

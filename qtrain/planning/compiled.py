@@ -119,7 +119,7 @@ def with_compiled(trace: StepTrace, blocks: list[CompiledBlock]) -> StepTrace:
         less = piece.kept_bytes - kept
         return dataclasses.replace(
             piece,
-            kept={KEPT: kept},
+            kept={KEPT: kept - block.fixed, "weight copies": block.fixed},
             forward_peak=max(kept, piece.forward_peak - less),
             backward_peak=max(kept, piece.backward_peak - less),
         )

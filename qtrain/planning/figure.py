@@ -18,9 +18,7 @@ def save(inputs: Inputs, plans: Sequence[RunPlan], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(5 + 2.2 * len(plans), 5), constrained_layout=True)
-    memory = [
-        {("transient" if k.startswith("transient") else k): v / GIB for k, v in memory_rows(p)} for p in plans
-    ]
+    memory = [{kind: nbytes / GIB for kind, nbytes in memory_rows(p)} for p in plans]
     time = [{k: v * 1e3 for k, v in p.time.parts.items()} for p in plans]
     for axes, bars, unit in ((left, memory, "GiB a GPU, at the peak"), (right, time, "ms a step")):
         bottom = [0.0] * len(plans)

@@ -30,7 +30,8 @@ REDUCED_BLOCKS = 1  # the buffer that a block's gradients leave in
 @dataclass(frozen=True)
 class Sharding:
     """strategy: ``none``, ``ddp`` or ``fsdp2``; processes. weights, largest_block, outer: float32 bytes of all parameters,
-    of the largest block and of those outside of blocks; local: of the rows of one process."""
+    of the largest block and of those outside of blocks; local: of the rows of one process. owed: what error feedback keeps
+    of low-bit gradients (docs/communication.md)."""
 
     strategy: str
     processes: int
@@ -38,6 +39,7 @@ class Sharding:
     local: int
     blocks: tuple[int, ...]
     outer: int
+    owed: int = 0
 
     @property
     def gathered(self) -> int:
@@ -55,8 +57,8 @@ class Sharding:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one process. kept: for the backward, by what keeps it. peak: the most at once, and ``phase`` when. transient: of it,
-    what is none of the other parts."""
+    """Bytes of one process. kept: for the backward, by what keeps it. peak: the most at once, and ``phase`` when;
+    gradients_at_peak: of those of this step and the last, what is there then. transient: what is none of the other parts."""
 
     weights: int
     gradients: int
@@ -64,6 +66,7 @@ class MemoryPlan:
     buffers: int
     kept: Mapping[str, int]
     peak: int
+    gradients_at_peak: int
     phase: str
     phases: Mapping[str, int]
 
@@ -74,7 +77,7 @@ class MemoryPlan:
     @property
     def transient(self) -> int:
         kept = 0 if self.phase == "optimizer" else self.kept_bytes
-        return max(0, self.peak - self.weights - self.gradients - self.states - self.buffers - kept)
+        return max(0, self.peak - self.weights - self.gradients_at_peak - self.states - self.buffers - kept)
 
 
 def plan_memory(
@@ -86,6 +89,7 @@ def plan_memory(
     gradients = weights
     share = gradients / max(1, sharding.weights)
     buffers = sharding.weights if sharding.strategy == "ddp" and sharding.processes > 1 else sharding.gathered
+    buffers += sharding.owed if sharding.processes > 1 else 0
     stays = weights + optimizer.states + buffers
     order = [trace.embed, *(piece for piece, count in trace.blocks for _ in range(count)), trace.head]
     inner = {id(piece) for piece, _ in trace.blocks} if checkpointing else set()
@@ -97,12 +101,13 @@ def plan_memory(
     for piece in order:
         forward = max(forward, level + piece.forward_peak)
         level += kept_of(piece)
-    done = 0.0
+    done, then = 0.0, 0
     for piece in reversed(order):
         level -= kept_of(piece)
         whole = piece.backward_peak
         held = gradients if accumulates else share * done
-        backward = max(backward, int(level + whole + held) + sharding.reducing)
+        if (most := int(level + whole + held) + sharding.reducing) > backward:
+            backward, then = most, int(held)
         done += piece.gradients
     phases = {
         "forward": stays + gradients + forward,
@@ -118,7 +123,10 @@ def plan_memory(
             if id(piece) not in blocks:
                 for kind, nbytes in piece.kept.items():
                     kept[kind] = kept.get(kind, 0) + count * nbytes
-    return MemoryPlan(weights, gradients, optimizer.states, buffers, kept, phases[phase], phase, phases)
+    there = then if phase == "backward" else gradients
+    return MemoryPlan(
+        weights, gradients, optimizer.states, buffers, kept, phases[phase], there, phase, phases
+    )
 
 
 def grows_linearly(small: StepTrace, large: StepTrace, sequences: int) -> StepTrace:

@@ -23,7 +23,7 @@ from qtrain.nn.native_ops import kinds_of, obstacles
 from qtrain.quant import LinearRecipe, ModelRecipe
 
 from .budget import Budget, Failures, Interval, ScalingLaw, budget, checkpoint_interval, tokens_of
-from .communication import NOTHING, Cluster, Communication, of_ddp, of_fsdp2
+from .communication import NOTHING, Cluster, Communication, LowBits, of_ddp, of_fsdp2
 from .compiled import compiled_blocks, with_compiled
 from .devices import GIB, Device
 from .fake_model import meta_model
@@ -42,7 +42,7 @@ class Inputs:
 
     model_config: a ``ModelConfig``. make_optimizer, weight_decay: of ``optimizer_bytes``. batch_sequences: a step, over all GPUs;
     micro_batch_sequences: a forward of one; 0: still to be chosen (``with_micro_batch``). sequence_tokens: of a sequence. bf16: autocast, else float32. strategy: ``none``,
-    ``ddp``, ``fsdp2``. trace_compiled: whether the compiler is asked what it keeps; else it is taken to keep what eager code does, more. overhead_gib, margin_fraction: of a GPU's memory that torch does not count (context, libraries),
+    ``ddp``, ``fsdp2``. low_bits: what of the communication travels as codes. trace_compiled: whether the compiler is asked what it keeps; else it is taken to keep what eager code does, more. overhead_gib, margin_fraction: of a GPU's memory that torch does not count (context, libraries),
     and of the peak that the allocator loses. tokens, target_loss: None or the user's. law, failures: of ``budget``.
     """
 
@@ -52,6 +52,7 @@ class Inputs:
     device: Device
     gpus: int
     strategy: str
+    low_bits: LowBits
     batch_sequences: int
     micro_batch_sequences: int
     sequence_tokens: int
@@ -175,7 +176,8 @@ class _Memory:
         self.sharding, self.optimizer = cache(self._sharding), cache(self._optimizer)
 
     def _sharding(self, strategy: str | None = None) -> Sharding:
-        return sharding_of(self.model, strategy or self.inputs.strategy, self.inputs.gpus)
+        found = sharding_of(self.model, strategy or self.inputs.strategy, self.inputs.gpus)
+        return dataclasses.replace(found, owed=self.inputs.low_bits.owed * found.weights // 4)
 
     def _optimizer(self, strategy: str | None = None) -> OptimizerBytes:
         shards = self.inputs.gpus if (strategy or self.inputs.strategy) == "fsdp2" else 1
@@ -204,8 +206,10 @@ def _communication(inputs: Inputs, sharding: Sharding, forward: float, backward:
     if inputs.gpus == 1:
         return NOTHING
     if inputs.strategy == "fsdp2":
-        return of_fsdp2(cluster, sharding.blocks, sharding.outer, inputs.micro_batches, forward, backward)
-    return of_ddp(cluster, sharding.weights, backward, overlaps=not inputs.compile)
+        return of_fsdp2(
+            cluster, sharding.blocks, sharding.outer, inputs.micro_batches, forward, backward, inputs.low_bits
+        )
+    return of_ddp(cluster, sharding.weights, backward, overlaps=not inputs.compile, low_bits=inputs.low_bits)
 
 
 def plan_run(inputs: Inputs, name: str, recipe: ModelRecipe) -> RunPlan:
@@ -293,7 +297,7 @@ def _warnings(
             f"{time.total:.3g} s; it shows what low precision does to training, not what it saves"
         )
     copies = memory.kept.get("weight copies", 0)
-    if inputs.strategy == "fsdp2" and inputs.gpus > 1 and copies > memory.weights / 4:
+    if inputs.strategy == "fsdp2" and not inputs.checkpointing and copies > memory.weights:
         yield (
             f"fsdp2 does not shard what autograd keeps of the weights ({_gib(copies)} of bf16 copies or quantized weights, a GPU); "
             "activation_checkpointing=true or a native recipe keeps none of them"

@@ -11,6 +11,7 @@ from .devices import GIB
 from .plan import Inputs, RunPlan
 
 BASELINE = "none"
+TRANSIENT = "transient"
 
 
 def _seconds(seconds: float) -> str:
@@ -18,6 +19,8 @@ def _seconds(seconds: float) -> str:
         return f"{seconds / 86400:.1f} days"
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
@@ -43,9 +46,13 @@ def _table(title: str, rows: Sequence[Sequence[str]], columns: Sequence[str], wi
 
 
 def memory_rows(plan: RunPlan) -> list[tuple[str, int]]:
-    """(what, bytes), whose sum is the peak."""
+    """(what, bytes) at the peak, of which they are the parts."""
     memory = plan.memory
-    rows = [("weights", memory.weights), ("gradients", memory.gradients), ("optimizer states", memory.states)]
+    rows = [
+        ("weights", memory.weights),
+        ("gradients", memory.gradients_at_peak),
+        ("optimizer states", memory.states),
+    ]
     rows.append(("gathers and buckets", memory.buffers))
     if memory.phase != "optimizer":
         rows += [
@@ -53,9 +60,7 @@ def memory_rows(plan: RunPlan) -> list[tuple[str, int]]:
             for kind, nbytes in sorted(memory.kept.items(), key=lambda item: -item[1])
             if nbytes
         ]
-    rest = memory.peak - sum(nbytes for _, nbytes in rows)
-    # In the backward's first moment the gradients that the table counts are not there yet
-    return [*rows, (f"transient, at the peak ({memory.phase})", rest)]
+    return [*rows, (TRANSIENT, memory.transient)]
 
 
 def tables(inputs: Inputs, plans: Sequence[RunPlan], width: int = 150) -> str:
@@ -68,19 +73,6 @@ def tables(inputs: Inputs, plans: Sequence[RunPlan], width: int = 150) -> str:
         f"{'bf16' if inputs.bf16 else 'float32'}, {'compiled' if inputs.compile else 'eager'}"
         f"{', activations checkpointed' if inputs.checkpointing else ''}"
     )
-    kinds = list(dict.fromkeys(kind for plan in plans for kind, _ in memory_rows(plan)))
-    rows = [
-        [kind, *(f"{dict(memory_rows(plan)).get(kind, 0) / GIB:.2f}" for plan in plans)]
-        for kind in kinds
-        if not kind.startswith("transient")
-    ]
-    rows.append(["transient", *(f"{memory_rows(plan)[-1][1] / GIB:.2f}" for plan in plans)])
-    rows.append(["peak", *(f"{plan.memory.peak / GIB:.2f}" for plan in plans)])
-    usable = f"{inputs.usable_bytes / GIB:.1f}"
-    rows.append([f"fits in {usable}", *("yes" if plan.fits else "NO" for plan in plans)])
-    rows.append(["largest micro-batch", *(str(plan.largest) for plan in plans)])
-    memory = _table("memory of a GPU, GiB", rows, ["", *names], width)
-
     parts = list(dict.fromkeys(part for plan in plans for part in plan.time.parts))
     rows = [[part, *(f"{plan.time.parts.get(part, 0) * 1e3:.2f}" for plan in plans)] for part in parts]
     rows.append(["step", *(f"{plan.time.total * 1e3:.1f}" for plan in plans)])
@@ -90,7 +82,21 @@ def tables(inputs: Inputs, plans: Sequence[RunPlan], width: int = 150) -> str:
     rows.append(["MFU", *("-" if plan.time.mfu is None else f"{plan.time.mfu:.1%}" for plan in plans)])
     rows.append(["most of it", *(plan.time.bound_by for plan in plans)])
     times = _table("time of a step, ms", rows, ["", *names], width)
-    return "\n".join([head, "", memory, times, _run_table(inputs, plans, width)])
+    return "\n".join([head, "", _memory_table(inputs, plans, width), times, _run_table(inputs, plans, width)])
+
+
+def _memory_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
+    rows = [dict(memory_rows(plan)) for plan in plans]
+    unit, size = ("GiB", GIB) if max(plan.memory.peak for plan in plans) >= GIB else ("MiB", GIB // 1024)
+    kinds = dict.fromkeys(kind for row in rows for kind in row if kind != TRANSIENT)
+    shown = [[kind, *(f"{row.get(kind, 0) / size:.2f}" for row in rows)] for kind in kinds]
+    shown.append([TRANSIENT, *(f"{memory_rows(plan)[-1][1] / size:.2f}" for plan in plans)])
+    shown.append(["peak", *(f"{plan.memory.peak / size:.2f}" for plan in plans)])
+    shown.append(["at its", *(plan.memory.phase for plan in plans)])
+    fits = f"fits in {inputs.usable_bytes / size:,.1f}"
+    shown.append([fits, *("yes" if plan.fits else "NO" for plan in plans)])
+    shown.append(["largest micro-batch", *(str(plan.largest) for plan in plans)])
+    return _table(f"memory of a GPU, {unit}", shown, ["", *(plan.name for plan in plans)], width)
 
 
 def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
@@ -121,6 +127,9 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
         f"a failure every {_seconds(interval.mtbf_seconds)}: a checkpoint every {_seconds(interval.seconds)} (writing takes "
         f"{_seconds(interval.write_seconds)}) loses {interval.lost:.1%} of the time, which is in the table"
     ]
+    lines.append(
+        "times are sums over kernels; whole runs published elsewhere took 1.0 to 1.5 times as long (docs/scaling.md)"
+    )
     device = inputs.device
     lines.append(f"measured of {device.name}: {device.measured or 'nothing'}")
     if device.sources:

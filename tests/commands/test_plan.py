@@ -1,0 +1,147 @@
+"""qtrain plan from the command line: tables, files, choices, warnings, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtrain import cli
+
+SMALL = (
+    "model=llama_1m", "compile=false", "batch_sequences=16", "sequence_tokens=64", "recipes=[none]", "device=h200",
+)  # fmt: skip
+
+
+def planned(tmp_path: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    file = tmp_path / "plan.json"
+    assert cli.main(["plan", *SMALL, *words, f"json={file}"]) == code
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_a_plan_adds_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.png"
+    found = planned(
+        tmp_path,
+        "recipes=[none,all_gemms,'all_gemms compute=native']",
+        "device.price_per_hour=2",
+        "tokens=1e9",
+        f"png={picture}",
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    plans = {plan["name"]: plan for plan in found["plans"]}
+    assert list(plans) == ["int8_lean", "none", "all_gemms", "all_gemms compute=native"]
+    assert [plan["compute"] for plan in plans.values()] == ["native", "bf16", "simulated", "native"]
+    for plan in plans.values():
+        time, spent = plan["time"], plan["budget"]
+        assert spent["steps"] == -(-(10**9) // (16 * 64))
+        assert spent["cost"] == pytest.approx(2 * spent["gpu_hours"])
+        assert spent["gpu_hours"] == pytest.approx(
+            spent["steps"] * time["total"] / 3600 / (1 - plan["interval"]["lost"])
+        )
+        assert spent["kwh"] == pytest.approx(0.7 * spent["gpu_hours"])
+        assert time["tokens_per_s"] == pytest.approx(16 * 64 / time["total"])
+        assert plan["memory"]["weights"] == 4 * plan["parameters"] == plan["memory"]["gradients"]
+        assert plan["memory"]["peak"] == max(plan["memory"]["phases"].values())
+    assert plans["int8_lean"]["memory"]["kept_bytes"] < 0.8 * plans["none"]["memory"]["kept_bytes"]
+    assert "GEMM int8" in plans["int8_lean"]["time"]["parts"]
+    assert "GEMM int8" not in plans["all_gemms"]["time"]["parts"]
+    assert plans["all_gemms"]["time"]["parts"]["quantization"] > 0
+    out = capfd.readouterr().out
+    assert "WARNING all_gemms: compute=simulated" in out
+    assert "Hoffmann" in out
+
+
+def test_gpus_are_nodes_and_share_the_batch(tmp_path: Path) -> None:
+    ddp = planned(tmp_path, "gpus=16")
+    assert ddp["settings"]["strategy"] == "ddp"
+    assert ddp["settings"]["micro_batches"] * ddp["settings"]["micro_batch_sequences"] == 1
+    sharded = planned(tmp_path, "gpus=16", "trainer.strategy=fsdp2")
+    one, two = ddp["plans"][0]["memory"], sharded["plans"][0]["memory"]
+    assert two["weights"] < one["weights"] / 10
+    assert two["states"] < one["states"] / 10
+    assert one["buffers"] == one["gradients"], "buckets"
+    assert sharded["plans"][0]["time"]["communication"]["sent_bytes"] > 0
+
+
+def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) -> None:
+    found = planned(tmp_path, "device.memory_gib=0.025", "overhead_gib=0")
+    settings, plan = found["settings"], found["plans"][0]
+    assert 1 < settings["micro_batch_sequences"] < 16
+    assert plan["fits"]
+    assert plan["memory"]["peak"] <= settings["usable_bytes"]
+    assert 16 % settings["micro_batch_sequences"] == 0
+    assert settings["micro_batch_sequences"] <= plan["largest"] < 16
+
+
+def test_what_does_not_fit_says_what_to_change(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = planned(tmp_path, "device.memory_gib=0.025", "overhead_gib=0", "micro_batch_sequences=16", code=1)
+    assert not found["plans"][0]["fits"]
+    assert "does not fit" in capfd.readouterr().out
+    assert "micro_batch_sequences=" in found["plans"][0]["warnings"][0]
+
+
+def test_a_recipe_that_cannot_run_is_a_line_beside_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = planned(
+        tmp_path, "device=a100", "recipes=[none,'fp8_rowwise compute=native','qpt compute=native']"
+    )
+    assert [plan["name"] for plan in found["plans"]] == ["int8_lean", "none"]
+    assert "multiplies no fp8" in found["refused"]["fp8_rowwise compute=native"]
+    assert "column" in found["refused"]["qpt compute=native"]
+    assert "is not planned" in capfd.readouterr().out
+
+
+def test_auto_is_native_where_there_are_kernels(tmp_path: Path) -> None:
+    computes = {
+        device: planned(tmp_path, f"device={device}", "recipe=fp8_rowwise", "compute=auto", "recipes=[]")[
+            "plans"
+        ][0]["compute"]
+        for device in ("h200", "a100")
+    }
+    assert computes == {"h200": "native", "a100": "simulated"}
+
+
+def test_tokens_for_a_loss_are_an_estimate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = planned(tmp_path, "target_loss=8", "recipes=[]")
+    budget = found["plans"][0]["budget"]
+    assert budget["loss"] == pytest.approx(8.0)
+    assert "estimate" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpus=12"], "gpus=12: nodes of 8; take gpus=8"),
+        (["gpus=0"], "gpus=0"),
+        (["gpus=16", "batch_sequences=24"], "batch_sequences=24 is no multiple"),
+        (["micro_batch_sequences=5"], "batch_sequences=16 is no multiple of micro_batch_sequences=5"),
+        (["sequence_tokens=100000"], "exceeds model.sequence_tokens"),
+        (["tokens=-1"], "tokens=-1"),
+        (["tokens=1e9", "target_loss=3"], "give one of them"),
+        (["scaling_law=moore"], "allowed are hoffmann, besiroglu"),
+        (["margin_fraction=-0.1"], "margin_fraction"),
+        (["failures.restart_minutes=0"], "failures.restart_minutes=0"),
+        (["device.copy_gb_per_s=0"], "device.copy_gb_per_s=0"),
+        (["compile=maybe"], "compile='maybe'"),
+        (["json=plan.txt"], "ends in .json"),
+        (["recipes=none"], "recipes='none'"),
+        (["recipes=[nonne]"], "nonne"),
+        (["device=a100", "recipe=fp8_rowwise", "compute=native"], "multiplies no fp8"),
+        (["recipe=qpt", "compute=native"], "compute=native"),
+        (
+            ["model=llama_1b", "sequence_tokens=2048", "batch_sequences=128", "micro_batch_sequences=128"],
+            "131,071",
+        ),
+        (["trainer.strategy=deepspeed"], "trainer.strategy"),
+        (["device=h900"], "h900"),
+        (["gpu=4"], "gpu"),
+    ],
+)
+def test_refusals(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *SMALL, *words]) == 2
+    assert message in capfd.readouterr().err

@@ -1,0 +1,99 @@
+"""Collectives against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from round_device import plain_device
+
+from qtrain.planning.communication import BUCKET_BYTES, NOTHING, Cluster, LowBits, of_ddp, of_fsdp2
+
+MIB = 2**20
+
+
+def cluster(gpus: int, **changes: object) -> Cluster:
+    return Cluster(dataclasses.replace(plain_device(), **changes), gpus)  # type: ignore[arg-type]
+
+
+def test_a_ring_sends_each_byte_but_ones_own() -> None:
+    four = cluster(4, gpus_per_node=4, link_gb_per_s=2.0, link_us=10.0)
+    assert four.gather_bytes(8e9) == 6e9
+    assert four.reduce_bytes(8e9) == 12e9
+    assert four.gather_seconds(8e9) == pytest.approx(6e9 / 2e9 + 3 * 10e-6)  # three hops
+    assert four.reduce_seconds(8e9) == pytest.approx(12e9 / 2e9 + 4 * 10e-6)  # a tree: 2 log2 4
+
+
+def test_nodes_share_their_network() -> None:
+    more = {"gpus_per_node": 4, "link_gb_per_s": 100.0, "node_gb_per_s": 30.0, "link_us": 1.0, "node_us": 7.0}
+    assert (cluster(4, **more).nodes, cluster(4, **more).gb_per_s, cluster(4, **more).hop_us) == (
+        1,
+        100.0,
+        1.0,
+    )
+    assert (cluster(8, **more).nodes, cluster(8, **more).gb_per_s, cluster(8, **more).hop_us) == (
+        2,
+        30.0,
+        7.0,
+    )
+    faster = {**more, "node_gb_per_s": 500.0}
+    assert cluster(8, **faster).gb_per_s == 100.0, "no faster than the links inside"
+
+
+def test_alone_nothing_is_said() -> None:
+    one = cluster(1)
+    assert of_ddp(one, 1e9, 1.0, overlaps=False) == NOTHING
+    assert of_fsdp2(one, [1e9], 1e9, 1, 1.0, 1.0) == NOTHING
+
+
+def test_ddp_hides_behind_the_backward_but_for_its_last_bucket() -> None:
+    two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
+    gradients = 4 * BUCKET_BYTES
+    one_bucket = BUCKET_BYTES / 1e9  # 2 * 1/2 of its bytes at 1 GB/s
+    exposed = {s: of_ddp(two, gradients, s, overlaps=True).exposed_seconds for s in (0.0, one_bucket, 100.0)}
+    assert exposed[0.0] == pytest.approx(4 * one_bucket)
+    assert exposed[one_bucket] == pytest.approx(3 * one_bucket)
+    assert exposed[100.0] == pytest.approx(one_bucket)
+    compiled = of_ddp(two, gradients, 100.0, overlaps=False)
+    assert compiled.exposed_seconds == pytest.approx(4 * one_bucket), (
+        "gradients come at the end of one backward"
+    )
+    assert compiled.sent_bytes == gradients
+
+
+def test_fsdp2_gathers_blocks_twice_and_the_rest_once() -> None:
+    two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
+    found = of_fsdp2(two, [1e9, 1e9, 1e9], 2e9, 4, 0.0, 0.0)
+    # a micro-batch: blocks gathered twice and reduced once, the outer gathered and reduced once; half of each is sent
+    assert found.sent_bytes == 4 * (3 * 3e9 + 2 * 2e9) / 2
+    assert found.seconds == pytest.approx(4 * 6.5)
+    assert found.exposed_seconds == pytest.approx(4 * 6.5), "behind no computation nothing hides"
+    hidden = of_fsdp2(two, [1e9, 1e9, 1e9], 2e9, 4, 1e3, 1e3)
+    # the outer's gather, the first block's gather, the last block's reduce-scatter: 1 + 0.5 + 0.5 s
+    assert hidden.exposed_seconds == pytest.approx(4 * 2.0)
+    assert hidden.sent_bytes == found.sent_bytes
+
+
+def test_latency_grows_with_the_ring() -> None:
+    """Why thousands of processes gather in groups."""
+    slow = {"gpus_per_node": 8, "node_us": 6.0}
+    small = 64 * MIB
+    few, many = (cluster(n, **slow).gather_seconds(small) for n in (64, 4096))
+    assert many - few == pytest.approx((4095 - 63) * 6e-6, rel=0.05)
+
+
+def test_codes_travel_with_their_scales() -> None:
+    low = LowBits.of(
+        {"gather_weights": "int8_row", "reduce_gradients": "int4_group128", "error_feedback": "bfloat16"}
+    )
+    assert (low.gather, low.reduce, low.owed) == (8 / 32, (4 + 32 / 128) / 32, 2)
+    assert LowBits.of({"devices": 8}) == LowBits()
+    assert LowBits.of({"gather_weights": None, "error_feedback": "float32"}) == LowBits(), "nothing is owed"
+    two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
+    assert of_ddp(two, 1e9, 0.0, overlaps=False, low_bits=low).sent_bytes == pytest.approx(1e9 * low.reduce)
+    found = of_fsdp2(two, [1e9, 1e9], 2e9, 1, 0.0, 0.0, LowBits(gather=0.5, reduce=0.25))
+    # blocks gathered twice at a half, the outer once in float32; both reduced at a quarter; half of each is sent
+    assert found.sent_bytes == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2)
+    assert found.seconds == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2 / 1e9)
+    with pytest.raises(ValueError, match="int9"):
+        LowBits.of({"reduce_gradients": "int9_row"})
