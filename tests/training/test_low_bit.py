@@ -40,6 +40,7 @@ RUNS = {
     # The layers' own codes travel: nothing changes, with a census before and a validation between
     "whole": [FSDP2, *CODES],
     "gathered": [FSDP2, *CODES, "trainer.gather_weights=int8_row", "+callbacks.census._target_=qtrain.training.callbacks.census.CensusAtStart"],
+    "compiled": [FSDP2, *CODES, "trainer.gather_weights=int8_row", "compile=true"],
     "lossy": [FSDP2, *CODES, "trainer.gather_weights=int4_group64_sr"],
     "fsdp2": [FSDP2, *CODES, "trainer.gather_weights=int4_group64_sr", "trainer.reduce_gradients=int4_group64_sr"],
     "ddp": [DDP, *CODES, "trainer.reduce_gradients=int4_group64_sr", "trainer.error_feedback=bfloat16"],
@@ -66,7 +67,7 @@ def out(configure, tmp_path_factory) -> Path:
     for name in RESUMED:
         middle = out / name / "first" / "checkpoints" / "step-000002"
         add(*RUNS[name], f"name={name}", "run=resumed", f"resume={middle}")
-    assert launch({"jobs": jobs, "out": str(out)}, "ranks:work", 2) == 0
+    assert launch({"jobs": jobs, "out": str(out), "backend": "eager"}, "ranks:work", 2) == 0
     return out
 
 
@@ -96,21 +97,12 @@ def test_gathering_the_codes_of_the_layers_changes_no_bit(out):
     assert losses(out / "lossy" / "first")[0] != losses(whole)[0]
 
 
-def test_compiled_blocks_too(configure, out, tmp_path):
-    more = [
-        "compile=true",
-        "trainer.devices=2",
-        "trainer.timeout_seconds=60",
-        "name=gathered",
-        "run=compiled",
-    ]
-    config = configure(tmp_path, *COMMON, FSDP2, *CODES, "trainer.gather_weights=int8_row", *more)
-    # Traced as any backend has it, and run as it is: the same bits as eager
-    task = {"jobs": [{"config": config, "reload": None}], "out": str(tmp_path), "backend": "eager"}
-    assert launch(task, "ranks:work", 2) == 0
-    whole, compiled = out / "whole" / "first", tmp_path / "gathered" / "compiled"
+def test_compiled_blocks_too(out):
+    """Traced as any backend has it, and run as it is: the same bits as eager."""
+    whole, compiled = out / "whole" / "first", out / "compiled" / "first"
     assert losses(compiled) == losses(whole)
     assert weights_equal(saved(compiled), saved(whole))
+    assert saved(compiled)["hyper_parameters"]["config"]["compile"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
