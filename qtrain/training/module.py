@@ -133,11 +133,12 @@ class QuantizedTransformer(LightningModule):
         """Takes over what a checkpoint owes, now that the strategy stands and has read it (FSDP2's after the start of
         the fit)."""
         owed, self._owed = self._owed, {}
-        if self.communication is not None:
+        if self.communication is not None and self.communication.remembers:
             self.communication.load_state_dict(owed)
         elif owed and self.global_rank == 0:
             print(
-                "what the checkpoint's processes owed each other is dropped: trainer.reduce_gradients is null now"
+                "what the checkpoint's processes owed each other is dropped: trainer.reduce_gradients or "
+                "trainer.error_feedback is null now"
             )
 
     @property

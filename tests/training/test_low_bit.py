@@ -45,6 +45,8 @@ RUNS = {
     "fsdp2": [FSDP2, *CODES, "trainer.gather_weights=int4_group64_sr", "trainer.reduce_gradients=int4_group64_sr"],
     "ddp": [DDP, *CODES, "trainer.reduce_gradients=int4_group64_sr", "trainer.error_feedback=bfloat16"],
     "exact": [DDP, *CODES],
+    "ddp_compiled": [DDP, *CODES, "trainer.reduce_gradients=int8_group128", "compile=true"],
+    "int8": [DDP, *CODES, "trainer.reduce_gradients=int8_group128"],
     "poisoned": [DDP, *CODES, "trainer.reduce_gradients=int8_group128"],
 }  # fmt: skip
 RESUMED = ("lossy", "fsdp2", "ddp")
@@ -97,9 +99,10 @@ def test_gathering_the_codes_of_the_layers_changes_no_bit(out):
     assert losses(out / "lossy" / "first")[0] != losses(whole)[0]
 
 
-def test_compiled_blocks_too(out):
+@pytest.mark.parametrize(("whole", "compiled"), [("whole", "compiled"), ("int8", "ddp_compiled")])
+def test_compiled_too(out, whole, compiled):
     """Traced as any backend has it, and run as it is: the same bits as eager."""
-    whole, compiled = out / "whole" / "first", out / "compiled" / "first"
+    whole, compiled = out / whole / "first", out / compiled / "first"
     assert losses(compiled) == losses(whole)
     assert weights_equal(saved(compiled), saved(whole))
     assert saved(compiled)["hyper_parameters"]["config"]["compile"]
