@@ -1,6 +1,7 @@
 """Does training notice gradients and weights that travel in low bits? Paired seeds, in a plain loop without Lightning.
 
     python scripts/communication_study.py --processes 2 --steps 150 --seeds 3
+    python scripts/communication_study.py --optimizer sgd --arms exact int4_group128 int2_group128
 
 trains a small GPT on the bytes of Python's standard library by every arm, and prints the last validation losses, what each
 arm lost to the exact one (per seed: the same initial weights, the same windows), and the bytes that left a process. A few
@@ -41,7 +42,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "int2_group128, none": {"reduce_gradients": "int2_group128", "error_feedback": None},
     "fsdp2 gather int8_group128": {"gather_weights": "int8_group128"},
 }
-SEQUENCE, BATCH, LR = 64, 8, 3e-3
+SEQUENCE, BATCH = 64, 8
+LR = {"adamw": 3e-3, "sgd": 0.3}
 
 
 def tokens() -> Tensor:
@@ -60,7 +62,13 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
-def train(arm: str, seed: int, steps: int, text: Tensor) -> tuple[float, dict[str, int]]:
+def make_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=LR[kind], momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=LR[kind], weight_decay=0.1)
+
+
+def train(arm: str, seed: int, steps: int, text: Tensor, kind: str) -> tuple[float, dict[str, int]]:
     """(validation loss of the last weights, bytes of the last step)."""
     settings, rank, world = ARMS[arm], dist.get_rank(), dist.get_world_size()
     config = GPTConfig(vocab_size=256, sequence_tokens=SEQUENCE, layers=2, heads=2, width=64)
@@ -79,12 +87,12 @@ def train(arm: str, seed: int, steps: int, text: Tensor) -> tuple[float, dict[st
         run = DistributedDataParallel(model)
         if communication is not None:
             communication.attach_ddp(run, model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1)
+    optimizer = make_optimizer(kind, model)
     split = len(text) * 9 // 10
     draw = torch.Generator().manual_seed(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(1.0, (step + 1) / 20) * (1 - step / steps)
+            group["lr"] = LR[kind] * min(1.0, (step + 1) / 20) * (1 - step / steps)
         mine = [part.chunk(world)[rank] for part in windows(text[:split], draw, BATCH * world)]
         if communication is not None:
             communication.begin(step, 0)
@@ -103,8 +111,10 @@ def work(rank: int, store: str, arguments: argparse.Namespace) -> None:
     world = arguments.processes
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     text, exact = tokens(), []
-    for arm in ARMS:
-        results = [train(arm, seed, arguments.steps, text) for seed in range(arguments.seeds)]
+    for arm in (a for a in ARMS if a.startswith(tuple(arguments.arms))):
+        results = [
+            train(arm, seed, arguments.steps, text, arguments.optimizer) for seed in range(arguments.seeds)
+        ]
         losses = [loss for loss, _ in results]
         exact = exact or losses
         lost = [100 * (a / b - 1) for a, b in zip(losses, exact, strict=True)]
@@ -130,6 +140,8 @@ def main() -> int:
     )
     for name, default in (("processes", 2), ("steps", 150), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--optimizer", choices=tuple(LR), default="adamw")
+    parser.add_argument("--arms", nargs="+", default=[""], help="beginnings of their names; exact first")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
