@@ -57,6 +57,11 @@ class LowBitCommunication:
         self._shapes: dict[str, torch.Size] = {}
         self._returns = False  # whether means are sent back: DDP
 
+    @property
+    def remembers(self) -> bool:
+        """Whether errors of the reduction are fed back: what is owed is then a state."""
+        return self.settings.reduce_gradients is not None and self.settings.error_feedback is not None
+
     def begin(self, step: int, micro_step: int) -> None:
         """Before each forward of training; ``step`` and ``micro_step`` count from 0."""
         if micro_step == 0:
@@ -103,7 +108,7 @@ class LowBitCommunication:
         reducer, world, rank = self.reducer, dist.get_world_size(), dist.get_rank()
         owed, owed_mean = {}, {}
         for name, piece in self._pieces.items():
-            if reducer.owed.dtype is None or name not in reducer.owed.held:
+            if name not in reducer.owed.held:
                 continue
             shape = self._shapes[name]
             parts = _to_first(reducer.owed.held[name])
@@ -119,11 +124,15 @@ class LowBitCommunication:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What ``state_dict`` gave on rank 0, which every rank has read. Raises ValueError where it is of another
-        model."""
+        model, or where nothing is remembered here."""
         reducer, world, rank = self.reducer, dist.get_world_size(), dist.get_rank()
         reducer.owed.held, reducer.owed_mean.held = {}, {}
-        if not state or reducer.owed.dtype is None:
+        if not state:
             return
+        if not self.remembers:
+            raise ValueError(
+                "gradients are owed, and without reduce_gradients and error_feedback nobody pays them"
+            )
         same = state["processes"] == world and state["returns"] == self._returns
         for name, held in state["owed"].items():
             piece = self._pieces.get(name)

@@ -17,8 +17,8 @@ so that the mean gradient that was applied differs from the true one by (owed_T 
 last quantization's error. Without error feedback (``feedback`` None) e and d stay zero and errors add up; stochastic
 rounding makes them zero-mean.
 
-Two phases: ZeRO++'s qgZ (arXiv 2306.10209, section 3.3) and 1-bit Adam's compressed all-reduce (arXiv 2102.02888,
-section 4) quantize, exchange and add up in full precision so. Error feedback: Seide et al. 2014 ("1-bit SGD",
+Two phases: ZeRO++'s qgZ (arXiv 2306.10209, section 3.3) and 1-bit Adam's compressed all-reduce (arXiv 2102.02888)
+quantize, exchange and add up in full precision so. Error feedback: Seide et al. 2014 ("1-bit SGD",
 Interspeech), Karimireddy et al. 2019 (arXiv 1901.09847).
 Differs from them: a block lies within a row of a parameter, never across parameters, so that neither DDP's buckets
 nor the number of processes decide who shares a scale; vectors travel as they are.

@@ -122,15 +122,7 @@ class QuantizedTransformer(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Begins the learned steps on the run's first micro-batch, which all ranks have alike. What a checkpoint owes
-        is taken over now, when the strategy stands."""
-        owed, self._owed = self._owed, {}
-        if self.communication is not None:
-            self.communication.load_state_dict(owed)
-        elif owed and self.global_rank == 0:
-            print(
-                "what the checkpoint's processes owed each other is dropped: trainer.reduce_gradients is null now"
-            )
+        """Begins the learned steps on the run's first micro-batch, which all ranks have alike."""
 
         def run(model: nn.Module) -> None:
             windows = self.trainer.datamodule.train_windows()  # type: ignore[attr-defined]
@@ -139,6 +131,18 @@ class QuantizedTransformer(LightningModule):
                 model(first["input"].to(self.device))
 
         start_steps(self.model, run)
+
+    def on_train_start(self) -> None:
+        """Takes over what a checkpoint owes, now that the strategy stands and has read it (FSDP2's after the start of
+        the fit)."""
+        owed, self._owed = self._owed, {}
+        if self.communication is not None and self.communication.remembers:
+            self.communication.load_state_dict(owed)
+        elif owed and self.global_rank == 0:
+            print(
+                "what the checkpoint's processes owed each other is dropped: trainer.reduce_gradients or "
+                "trainer.error_feedback is null now"
+            )
 
     @property
     def accumulate(self) -> int:

@@ -47,6 +47,31 @@ def test_runs_that_differ_in_seed_place_and_machine_are_one_arm(tmp_path: Path) 
     assert [run.folder.name for run in arms[0].earlier] == ["seed1"]
 
 
+def test_what_travels_in_low_bits_makes_an_arm_and_no_baseline(tmp_path: Path) -> None:
+    """Of the trainer nothing else does: another number of processes is the same arm."""
+    two = {"devices": 2, "gather_weights": None, "reduce_gradients": None, "error_feedback": "float32"}
+    runs = [
+        record(tmp_path, "a", 0, trainer={"devices": 1}, optimizer=STATES),
+        record(tmp_path, "a", 1, trainer=two, optimizer=STATES),
+        record(
+            tmp_path, "a", 0, run="low", trainer={**two, "reduce_gradients": "int4_row"}, optimizer=STATES
+        ),
+        record(
+            tmp_path,
+            "a",
+            0,
+            run="forgets",
+            trainer={**two, "reduce_gradients": "int4_row", "error_feedback": None},
+            optimizer=STATES,
+        ),
+    ]
+    arms = arms_of(runs)
+    assert [list(arm.runs) for arm in arms] == [[0, 1], [0], [0]]
+    assert "reduce_gradients=int4_row" in arms[1].label
+    assert arms[1].label != arms[2].label
+    assert find_baseline(arms, None) is arms[0]
+
+
 def test_the_baseline_is_the_one_in_which_nothing_is_quantized(tmp_path: Path) -> None:
     low = {**STATES, "states": {"exp_avg": "dynamic8", "exp_avg_sq": "none"}}
     nothing = {"recipe": {"linear": {"fprop": {"input": None, "weight": "none"}}}}

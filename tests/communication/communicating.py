@@ -139,6 +139,8 @@ def of_reduction(strategy: str) -> dict[str, Any]:
             case = Setup(strategy, reduce_gradients=spec, error_feedback=feedback)
             steps = [case.step(s, gradients(s, rank)) for s in range(STEPS)]
             found[f"{spec}/{feedback}"] = {"steps": steps, "state": case.owed()}
+    alike = Setup(strategy, reduce_gradients="int4_row_sr", error_feedback=None)
+    found["one gradient"] = alike.step(0, gradients(0, 0))
     for feedback in ("float32", "bfloat16", None):
         case = Setup(strategy, reduce_gradients=LONG, error_feedback=feedback)
         total: dict[str, Tensor] = {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from qtrain.training.assembly import Assembly, assemble
@@ -56,8 +58,11 @@ def reload(parts: Assembly, checkpoint: str, out: str) -> None:
 
 
 def work(task: dict[str, Any]) -> int:
-    """task["jobs"]: {"config", "reload": None, or a checkpoint}. Leaves how each ended, of every rank."""
+    """task["jobs"]: {"config", "reload": None, or a checkpoint}; "backend": of torch.compile. Leaves how each ended, of
+    every rank."""
     ends = []
+    if "backend" in task:
+        torch.compile = functools.partial(torch.compile, backend=task["backend"])
     for job in task["jobs"]:
         parts = assemble(job["config"])
         with connected(parts.processes, "cpu"):
