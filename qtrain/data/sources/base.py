@@ -182,9 +182,7 @@ class FileSource:
         sizes = [_size_of(file) for _, file in files]
         total, before, found = max(1, sum(sizes)), 0, []
         for file, size in zip(files, sizes, strict=True):
-            if (2 * before + size) * parts // (2 * total) == part or (
-                part == parts - 1 and 2 * before + size >= 2 * total
-            ):
+            if min((2 * before + size) * parts // (2 * total), parts - 1) == part:
                 found.append(file)
             before += size
         return found
