@@ -158,6 +158,25 @@ class ObjectStore:
             entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"
         )
 
+    def found(self, pattern: str | None = None) -> dict[str, dict[str, Any]]:
+        """Objects below this address, by their name in it, with what the store says of each; "" is the object at the
+        address itself. pattern: only those that a glob pattern, without the scheme, matches."""
+
+        def list_(files: Any, path: str) -> dict[str, dict[str, Any]]:
+            if pattern is None:
+                listed = files.find(path, detail=True)
+            else:
+                listed = files.glob(
+                    files._strip_protocol(f"{self.address.split('://')[0]}://{pattern}"), detail=True
+                )
+            kept = {name: info for name, info in listed.items() if info["type"] == "file"}
+            return {name.removeprefix(path).lstrip("/"): info for name, info in kept.items()}
+
+        try:
+            return self._tried("", list_)
+        except ObjectMissing:
+            return {}
+
     def write_file(self, local: Path, name: str) -> None:
         """Uploads a file; an object is there whole or not at all, as the store keeps it."""
 

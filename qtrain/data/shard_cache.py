@@ -2,7 +2,7 @@
 
     FOLDER/SHA256.bin     a shard, named by the contents that it was found to have
     FOLDER/SHA256.lock    held (flock) by the one process that fetches it; the others wait and find it. Its time says when
-                          the shard was last taken
+                          the shard was last taken, and it holds the stamp that the shard had when its bytes were checked
 
 Where room is needed, the shards that were taken longest ago go. A reader holds a shared flock on the shard itself, and
 what is held stays; a kernel gives both up when a process ends, however it ends. What a killed fetch left is named by
@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qtrain.data.cache import RememberedDigests, sha256_of
+from qtrain.data.cache import sha256_of
 from qtrain.data.checked_file import ShardError
+from qtrain.data.file_stamps import FileStamp
 from qtrain.data.manifest import ShardInfo
 from qtrain.data.object_store import ObjectMissing, ObjectStore
 from qtrain.data.progress import LINE_SECONDS
@@ -56,10 +57,11 @@ class ShardCache:
         Raises ShardError where the object is missing or not what ``info`` says, StoreUnreachable where the store is out
         of reach, and OSError as the disk does.
         """
-        with self._locked(info, wait=True):
+        with self._locked(info, wait=True) as lock:
             path = self.path(info)
-            if not self._whole(path, info):
+            if not _whole(path, info, lock):
                 self._fetch(info, store)
+                _note(path, lock)
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(handle, fcntl.LOCK_SH)
             return handle
@@ -76,8 +78,9 @@ class ShardCache:
             os.close(self.take(info, store))
 
     @contextmanager
-    def _locked(self, info: ShardInfo, wait: bool) -> Iterator[bool]:
-        """Holds the lock file of a shard, and notes the time. False where another holds it and ``wait`` is False."""
+    def _locked(self, info: ShardInfo, wait: bool) -> Iterator[int]:
+        """Holds the lock file of a shard, and notes the time: its descriptor, or -1 where another holds it and ``wait`` is
+        False."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.path(info).with_suffix(".lock")
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -85,7 +88,7 @@ class ShardCache:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                yield False
+                yield -1
                 return
             except OSError as error:
                 raise OSError(
@@ -95,19 +98,9 @@ class ShardCache:
                 ) from error
             if wait:
                 os.utime(handle)
-            yield True
+            yield handle
         finally:
             os.close(handle)
-
-    def _whole(self, path: Path, info: ShardInfo) -> bool:
-        """Whether the shard is here; a file that was altered is removed, since the store has it."""
-        try:
-            if path.stat().st_size == info.bytes and RememberedDigests([path]).get() == [info.sha256]:
-                return True
-            path.unlink()
-        except FileNotFoundError:
-            pass
-        return False
 
     def _fetch(self, info: ShardInfo, store: ObjectStore) -> None:
         """Under the shard's lock."""
@@ -159,8 +152,8 @@ class ShardCache:
     def _removed(self, path: Path) -> bool:
         """Whether the shard is gone: nobody takes it now, and nobody reads it."""
         info = ShardInfo(path.name, 0, 0, path.stem)
-        with self._locked(info, wait=False) as mine:
-            if not mine:
+        with self._locked(info, wait=False) as lock:
+            if lock < 0:
                 return False
             try:
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -191,6 +184,38 @@ class _Reader:
                 cache.fetch_if_room(info, store)
 
 
+def _whole(path: Path, info: ShardInfo, lock: int) -> bool:
+    """Whether the shard is here as it was checked, which the lock file has the stamp of; else its bytes are looked at. A
+    file that was altered is removed, since the store has it."""
+    try:
+        stamp = _stamp(path)
+        if stamp.size == info.bytes:
+            if os.pread(lock, 4096, 0) == _as_bytes(stamp):
+                return True
+            if sha256_of(path) == info.sha256:
+                _note(path, lock, stamp)
+                return True
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _stamp(path: Path) -> FileStamp:
+    with path.open("rb") as file:
+        return FileStamp.of(file.fileno())
+
+
+def _as_bytes(stamp: FileStamp) -> bytes:
+    return json.dumps(stamp.as_list()[:-1]).encode()
+
+
+def _note(path: Path, lock: int, stamp: FileStamp | None = None) -> None:
+    """That the bytes were checked. stamp: from before they were; default: the one of now."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, _as_bytes(stamp or _stamp(path)), 0)
+
+
 def _download(info: ShardInfo, store: ObjectStore, path: Path) -> None:
     """The object into ``path``, in blocks that are tried again each by itself. Raises ShardError where it is missing or
     has another length."""
@@ -205,29 +230,57 @@ def _download(info: ShardInfo, store: ObjectStore, path: Path) -> None:
         raise ShardError(
             f"object {store.at(info.file)} is {size} bytes long, its manifest says {info.bytes} bytes; {remedy}"
         )
-    blocks = [(start, min(start + BLOCK_BYTES, size)) for start in range(0, size, BLOCK_BYTES)]
-    with path.open("wb") as file, ThreadPoolExecutor(BLOCKS_AT_ONCE) as pool:
-        handle = file.fileno()
+    path.touch()
 
-        def fetch(block: tuple[int, int]) -> int:
-            data = store.read_range(info.file, *block)
-            if len(data) != block[1] - block[0]:
-                raise ShardError(f"object {store.at(info.file)} was cut while it was read; {remedy}")
-            os.pwrite(handle, data, block[0])
-            return len(data)
+    def fetch(start: int) -> int:
+        stop = min(start + BLOCK_BYTES, size)
+        data = store.read_range(info.file, start, stop)
+        if len(data) != stop - start:
+            raise ShardError(f"object {store.at(info.file)} was cut while it was read; {remedy}")
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(data)
+        return len(data)
 
-        done, begun, next_line = 0, time.monotonic(), time.monotonic() + LINE_SECONDS
-        running = [pool.submit(fetch, block) for block in blocks]
-        try:
-            for future in running:
-                done += future.result()
-                if time.monotonic() >= next_line:
-                    next_line += LINE_SECONDS
-                    _say(f"fetching {store.at(info.file)}, {done / size:.0%}", done, time.monotonic() - begun)
-        finally:
-            for future in running:
-                future.cancel()
-        os.fsync(handle)
+    done, begun, next_line = 0, time.monotonic(), time.monotonic() + LINE_SECONDS
+    for count in _by_threads(fetch, range(0, size, BLOCK_BYTES)):
+        done += count
+        if time.monotonic() >= next_line:
+            next_line += LINE_SECONDS
+            _say(f"fetching {store.at(info.file)}, {done / size:.0%}", done, time.monotonic() - begun)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _by_threads(fetch: Callable[[int], int], starts: Sequence[int]) -> Iterator[int]:
+    """The results, in any order. The threads hold up neither an error nor the end of the program, as those of a pool
+    would."""
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    found: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    for start in starts:
+        todo.put(start)
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                found.put(fetch(todo.get_nowait()))
+            except queue.Empty:
+                return
+            except BaseException as error:
+                found.put(error)
+                return
+
+    for _ in range(min(BLOCKS_AT_ONCE, len(starts))):
+        threading.Thread(target=work, name="shard-block", daemon=True).start()
+    try:
+        for _ in starts:
+            result = found.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        stop.set()
 
 
 def _say(what: str, size: int, seconds: float) -> None:

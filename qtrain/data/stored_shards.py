@@ -128,7 +128,7 @@ def fetched_shards(folder: str | None = None, cache_gib: float = DEFAULT_CACHE_G
 
 
 def begin_fetching(shards: TokenShards, shuffle: str) -> None:
-    """For an order that needs all shards, in the background. Raises ValueError where the cache cannot hold what the order
+    """In the background: the validation shards, and all others for an order that needs them. Raises ValueError where the cache cannot hold what the order
     needs at once: the same shards would be fetched again and again."""
     train, val = ([file.info.bytes for file in split.files] for split in (shards.train, shards.val))
     needed = sum(val) + (sum(train) if shuffle == "windows" else sum(sorted(train)[-_SHARDS_AT_ONCE:]))
@@ -139,9 +139,8 @@ def begin_fetching(shards: TokenShards, shuffle: str) -> None:
             f"data.cache_gib={limit / (1 << 30):.4g}: data.shuffle={shuffle} needs {needed / (1 << 30):.4g} GiB of shards on each "
             f"machine; give that much{other}"
         )
-    if shuffle == "windows":
-        for file in (*shards.val.files, *shards.train.files):
-            file.ahead()
+    for file in (*shards.val.files, *(shards.train.files if shuffle == "windows" else ())):
+        file.ahead()
 
 
 def open_stored(address: str, cache: ShardCache) -> TokenShards:

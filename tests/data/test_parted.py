@@ -30,7 +30,7 @@ def text_of(draw: random.Random, words: int) -> str:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Nine files of very different sizes: 150 documents, some of them again in other files, some nearly so, some no text."""
+    """Ten files of very different sizes: 150 documents, some of them again in other files, some nearly so, some no text."""
     root = tmp_path_factory.mktemp("corpus")
     draw = random.Random(5)
     rows = [text_of(draw, draw.randint(5, 120)) for _ in range(150)]
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory):
     rows += ["", "  \n "]
     draw.shuffle(rows)
     at = 0
-    for k, size in enumerate([1, 60, 3, 3, 40, 0, 50, 20, 10]):
+    for k, size in enumerate([1, 60, 3, 3, 40, 0, 50, 20, 10, 0]):
         lines = [json.dumps({"text": row}) for row in rows[at : at + size]]
         if k in (1, 6):
             lines.insert(1, "no JSON")
@@ -109,7 +109,7 @@ def test_shares_of_a_dataset_too(tmp_path, corpus, streaming):
         (folder / f"{k}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = HuggingFaceSource(str(folder), streaming=streaming)
     one = alone(source, ByteTokenizer(), tmp_path / "one")
-    assert one.manifest.source["skipped"] == 9
+    assert one.manifest.source["skipped"] == 10
     for parts in (2, 5, 11):
         for stage in ("scan", "encode"):
             for part in range(parts):

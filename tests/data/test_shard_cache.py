@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtrain.data import shard_cache
+from qtrain.data.cache import sha256_of
 from qtrain.data.checked_file import ShardError
 from qtrain.data.manifest import ShardInfo
 from qtrain.data.object_store import ObjectStore
@@ -151,9 +152,24 @@ def test_an_object_that_is_cut_while_it_is_read_is_refused(store, shards, tmp_pa
 def test_a_kept_file_that_was_altered_is_fetched_again(store, shards, tmp_path, harm):
     cache = cache_of(tmp_path, 10_000)
     taken(cache, shards[0], store)
+    time.sleep(0.05)  # a tick of the clock that stamps files
     harm(cache.path(shards[0]))
     taken(cache, shards[0], store)
     assert Counting.reads == 2
+
+
+def test_what_was_checked_is_not_read_again_and_what_was_touched_is(store, shards, tmp_path, monkeypatch):
+    cache = cache_of(tmp_path, 10_000)
+    taken(cache, shards[0], store)
+    hashed = []
+    monkeypatch.setattr(shard_cache, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    taken(cache, shards[0], store)
+    assert hashed == []
+    os.utime(cache.path(shards[0]))
+    for _ in range(2):
+        taken(cache, shards[0], store)
+    assert hashed == [cache.path(shards[0])]
+    assert Counting.reads == 1
 
 
 PROCESS = textwrap.dedent("""

@@ -40,7 +40,18 @@ def test_an_epoch_has_each_window_of_each_shard_once_and_one_shard_after_the_oth
             assert np.diff(inside).tolist() == [S] * (size // S - 2)
             assert 0 <= inside[0] < S
             assert inside[-1] + S + 1 <= size
-    assert windows.start(0) != windows.start(windows.windows_per_epoch)
+
+
+def test_each_epoch_cuts_and_shuffles_a_shard_anew(split):
+    windows = ShardWindows(split, S, seed=3)
+    of_shard = []
+    for epoch in range(4):
+        first = epoch * windows.windows_per_epoch
+        starts = [windows.start(first + i) for i in range(windows.windows_per_epoch)]
+        of_shard.append([s for s in starts if s // 100 == 4])
+    assert len({min(starts) for starts in of_shard}) > 1
+    orders = {tuple(s - min(starts) for s in starts) for starts in of_shard}
+    assert len(orders) == 4
 
 
 def test_samples_depend_on_the_seed_and_the_number_alone(split):

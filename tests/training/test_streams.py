@@ -105,6 +105,62 @@ def test_the_samples_go_on_over_any_number_of_processes(configured, kind, seed):
     windows.close()
 
 
+@pytest.mark.parametrize("files", [[40], [1, 0, 30, 9], [8, 8, 8, 8, 8]])
+@pytest.mark.parametrize("worlds", [(1, 2, 4), (4, 1, 2), (2, 4, 4)])
+def test_every_document_is_read_once_an_epoch_whoever_reads(tmp_path, files, worlds):
+    """Held against the files themselves. Fewer files than processes, an empty one, very unequal ones; a new number of
+    processes in the middle of each epoch, each with streams of its own."""
+    draw, every = random.Random(sum(files)), []
+    for k, count in enumerate(files):
+        texts = [
+            "".join(draw.choice("abc ") for _ in range(draw.randint(1, 90))) + f"#{k}.{i}"
+            for i in range(count)
+        ]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{k}.jsonl").write_text("".join(lines))
+        every += texts
+    held, training = every[:3], every[3:]
+    config = {
+        "_target_": "qtrain.data.streamed_text.StreamedText",
+        "path": str(tmp_path),
+        "val_documents": len(held),
+        "shuffle_documents": 7,
+        "tokenizer": "byte",
+    }
+    epoch_tokens = sum(len(text) + 1 for text in training)
+    batch, sequence, epochs = 4, 16, 3
+    total = epochs * epoch_tokens // (batch * sequence) + 1
+    rows, at, state = [], 0, None
+    bounds = [total * (2 * k + 1) // (2 * epochs) for k in range(epochs - 1)]
+    for world, end in zip(worlds, [*bounds, total], strict=True):
+        position, loaders = [at], []
+        for rank in range(world):
+            sampler = _WholeRun(
+                start_step=0,
+                max_steps=total,
+                rank=rank,
+                world_size=world,
+                global_batch=batch,
+                micro_batch=batch // world,
+            )
+            windows = data_plan(config).open().train_windows(sequence, 5)
+            loaders.append(StreamLoader(windows, sampler, lambda now=position: now[0]))
+            if state is not None:
+                loaders[-1].load_state_dict(state)
+        streams = [iter(loader) for loader in loaders]
+        for _ in range(end - at):
+            rows += [next(stream)["input"] for stream in streams]
+            at = position[0] = at + 1
+        state = json.loads(json.dumps(loaders[0].state_dict()))
+        for loader in loaders:
+            loader.dataset.close()
+    ids = torch.cat(rows).flatten().tolist()
+    for epoch in range(epochs):
+        part = ids[epoch * epoch_tokens : (epoch + 1) * epoch_tokens]
+        documents = bytes(10 if i == 256 else i for i in part).decode().splitlines()
+        assert sorted(documents) == sorted(training)
+
+
 @pytest.mark.parametrize("kind", ["stream", "mixture", "bins"])
 def test_a_run_that_was_stopped_is_the_run_that_was_not(configured, tmp_path, kind):
     more = ["eval_every_steps=3"]

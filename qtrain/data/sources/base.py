@@ -6,12 +6,15 @@ import copy
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from qtrain.data.cache import RememberedDigests
+from qtrain.data.object_store import StoreUnreachable, is_address
+from qtrain.data.stored_files import StoredFileText, stored_files
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,24 @@ def fingerprint_documents(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
+# A file of this machine or of an object store
+TextFile = Path | StoredFileText
+
+
 def matching_files(
     paths: Sequence[str | Path], suffixes: Sequence[str], example: str
-) -> list[tuple[str, Path]]:
+) -> list[tuple[str, TextFile]]:
     """(id, path) of files, of the files below folders that end in one of ``suffixes``, and of glob patterns, sorted by
     id: the path relative to the deepest folder common to all. Raises NoFiles where one of ``paths`` gives
     nothing; example: a pattern, for its message.
     """
+    stored = [path for path in paths if is_address(path)]
+    if stored:
+        if len(stored) < len(paths):
+            raise ValueError(
+                f"paths {[str(p) for p in paths]}: give addresses of one kind, or paths of this machine"
+            )
+        return _stored_files([str(path) for path in stored], suffixes, example)
     found: set[Path] = set()
     for pattern in paths:
         path = Path(pattern).expanduser()
@@ -107,6 +121,40 @@ class SharedSource(TextSource, Protocol):
         """``skipped`` of the whole, from (documents, skipped) of all shares in order."""
 
 
+def _stored_files(
+    addresses: Sequence[str], suffixes: Sequence[str], example: str
+) -> list[tuple[str, TextFile]]:
+    """``matching_files`` of addresses; the id is the address without what all have in common."""
+    found: dict[str, StoredFileText] = {}
+    for address in addresses:
+        matches = stored_files(address, suffixes)
+        if not matches:
+            raise NoFiles(
+                f"no file matches {address!r}; pass an address of a file, of a folder with {' or '.join(suffixes)} files, or "
+                f"a pattern such as 's3://bucket/{example}'"
+            )
+        found |= {str(match): match for match in matches}
+    common = os.path.commonpath([PurePosixPath(address).parent for address in found])
+    ids = {PurePosixPath(address).relative_to(common).as_posix(): file for address, file in found.items()}
+    return sorted(ids.items(), key=lambda item: item[0])
+
+
+def _size_of(file: TextFile) -> int:
+    return file.size if isinstance(file, StoredFileText) else file.stat().st_size
+
+
+def _stamp_of(file: TextFile) -> list[Any]:
+    if isinstance(file, StoredFileText):
+        return file.stamp()
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _digests_of(files: Sequence[TextFile]) -> list[str]:
+    here = iter(RememberedDigests([file for file in files if isinstance(file, Path)]).get())
+    return [file.digest() if isinstance(file, StoredFileText) else next(here) for file in files]
+
+
 class FileSource:
     """Documents out of a sorted list of (id, path).
 
@@ -122,21 +170,19 @@ class FileSource:
     def __init__(self) -> None:
         self.skipped: tuple[str, ...] = ()
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def _files(self) -> list[tuple[str, TextFile]]:
         raise NotImplementedError
 
-    def _chosen(self) -> list[tuple[str, Path]]:
+    def _chosen(self) -> list[tuple[str, TextFile]]:
         """All files; of a share, those whose middle byte lies in its part of all bytes."""
         files = self._files()
         if self._share is None:
             return files
         part, parts = self._share
-        sizes = [path.stat().st_size for _, path in files]
+        sizes = [_size_of(file) for _, file in files]
         total, before, found = max(1, sum(sizes)), 0, []
         for file, size in zip(files, sizes, strict=True):
-            if (2 * before + size) * parts // (2 * total) == part or (
-                part == parts - 1 and 2 * before + size >= 2 * total
-            ):
+            if min((2 * before + size) * parts // (2 * total), parts - 1) == part:
                 found.append(file)
             before += size
         return found
@@ -148,8 +194,7 @@ class FileSource:
         return found
 
     def stamp(self) -> str:
-        stats = [(file_id, path.stat()) for file_id, path in self._files()]
-        listed = [(file_id, s.st_size, s.st_mtime_ns) for file_id, s in stats]
+        listed = [(file_id, *_stamp_of(file)) for file_id, file in self._files()]
         return hashlib.sha256(json.dumps([type(self).__name__, self._reading(), listed]).encode()).hexdigest()
 
     def skipped_of(self, shares: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
@@ -159,19 +204,24 @@ class FileSource:
         """Settings that decide which documents a file gives, as JSON values."""
         return {}
 
-    def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+    def _read(self, file_id: str, path: TextFile, skipped: list[str]) -> Iterator[Document]:
         """The documents of a file; appends to ``skipped`` the ids of what is none."""
         raise NotImplementedError
 
     def documents(self) -> Iterator[Document]:
         skipped: list[str] = []
         for file_id, path in self._chosen():
-            yield from self._read(file_id, path, skipped)
+            try:
+                yield from self._read(file_id, path, skipped)
+            except (StoreUnreachable, FileNotFoundError) as error:
+                if isinstance(path, Path):
+                    raise
+                raise SourceError(f"{path} cannot be read: {error}") from error
         self.skipped = tuple(skipped)
 
     def facts(self) -> list[Any]:
         files = self._chosen()
-        digests = RememberedDigests([path for _, path in files]).get()
+        digests = _digests_of([file for _, file in files])
         return [[file_id, digest] for (file_id, _), digest in zip(files, digests, strict=True)]
 
     def fingerprint_of(self, facts: Sequence[Any]) -> str:

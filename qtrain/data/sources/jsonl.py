@@ -7,11 +7,11 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document, FileSource, SourceError, matching_files
+from .base import Document, FileSource, SourceError, TextFile, matching_files
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BAD_LINES = ("error", "skip")
@@ -41,7 +41,7 @@ class JsonLinesSource(FileSource):
         self.paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self.text_key, self.bad_lines, self.name = text_key, bad_lines, name
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def _files(self) -> list[tuple[str, TextFile]]:
         return matching_files(self.paths, SUFFIXES, "corpus/**/*.jsonl.gz")
 
     def _reading(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class JsonLinesSource(FileSource):
             raise ValueError("half of a surrogate pair, which is no character") from None
         return text
 
-    def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+    def _read(self, file_id: str, path: TextFile, skipped: list[str]) -> Iterator[Document]:
         for number, line in _numbered_lines(path):
             if not line.strip():
                 continue
@@ -86,7 +86,7 @@ class JsonLinesSource(FileSource):
                 yield Document(f"{file_id}:{number}", text)
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(path: TextFile) -> Iterator[tuple[int, bytes]]:
     """From 1. Raises SourceError, naming the place, where a compressed file is cut or damaged."""
     number = 0
     try:
@@ -97,13 +97,13 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise SourceError(f"{path}:{number + 1}: the compressed file is cut or damaged ({error})") from error
 
 
-def _lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+def _lines(path: TextFile, raw: IO[bytes]) -> Iterator[bytes]:
     if path.suffix == ".zst":
         return _zstandard_lines(path, raw)
     return iter(gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else iter(raw)
 
 
-def _zstandard_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+def _zstandard_lines(path: TextFile, raw: IO[bytes]) -> Iterator[bytes]:
     """A file may be several frames, as parallel compressors write it. The library's own reader takes the end of a file
     within a frame for the end of the text, and would lose the rest without a word."""
     library = optional_library("zstandard", needed_for=str(path))

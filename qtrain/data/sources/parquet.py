@@ -8,7 +8,7 @@ from typing import Any
 
 from qtrain.data.optional_libraries import optional_library
 
-from .base import Document, FileSource, SourceError, matching_files
+from .base import Document, FileSource, SourceError, TextFile, matching_files
 
 # Of a row group, which may be gigabytes, decoded at once
 _BATCH_ROWS = 1024
@@ -28,17 +28,17 @@ class ParquetSource(FileSource):
         self.paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self.column, self.name = column, name
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def _files(self) -> list[tuple[str, TextFile]]:
         return matching_files(self.paths, (".parquet",), "corpus/**/*.parquet")
 
     def _reading(self) -> dict[str, Any]:
         return {"column": self.column}
 
-    def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+    def _read(self, file_id: str, path: TextFile, skipped: list[str]) -> Iterator[Document]:
         arrow = optional_library("pyarrow", needed_for=str(path))
         parquet = optional_library("pyarrow.parquet", needed_for=str(path), package="pyarrow")
         try:
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(path if isinstance(path, Path) else path.open("rb")) as file:
                 self._check_column(arrow, file.schema_arrow, path)
                 row = 0
                 for group in range(file.num_row_groups):
@@ -52,7 +52,7 @@ class ParquetSource(FileSource):
         except (arrow.ArrowInvalid, UnicodeDecodeError) as error:
             raise SourceError(f"{path} cannot be read as parquet: {error}") from error
 
-    def _check_column(self, arrow: Any, schema: Any, path: Path) -> None:
+    def _check_column(self, arrow: Any, schema: Any, path: TextFile) -> None:
         if self.column not in schema.names:
             raise SourceError(f"{path} has no column {self.column!r}; it has {', '.join(schema.names)}")
         kind = schema.field(self.column).type

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .base import Document, FileSource, NoFiles, matching_files
+from .base import Document, FileSource, NoFiles, TextFile, matching_files
 
 # Folders of the standard library's tree that hold no sources of their own.
 _NOT_SOURCES = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -25,7 +25,7 @@ class _TextSource(FileSource):
     def _split(self, file_id: str, text: str) -> Iterator[Document]:
         yield Document(file_id, text)
 
-    def _read(self, file_id: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+    def _read(self, file_id: str, path: TextFile, skipped: list[str]) -> Iterator[Document]:
         try:
             # newline="" keeps the bytes of the file: universal newlines would change the byte count from which bits
             # per byte are computed.
@@ -50,7 +50,7 @@ class StdlibSource(_TextSource):
         self.root = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
         self.name = "stdlib-with-tests" if include_tests else "stdlib"
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def _files(self) -> list[tuple[str, TextFile]]:
         excluded = _NOT_SOURCES if self.include_tests else _NOT_SOURCES | _TEST_FOLDERS
         found = []
         for path in self.root.rglob("*.py"):
@@ -85,7 +85,7 @@ class TextFilesSource(_TextSource):
         self.separator = separator
         self.name = name
 
-    def _files(self) -> list[tuple[str, Path]]:
+    def _files(self) -> list[tuple[str, TextFile]]:
         return matching_files(self.paths, (".txt", ".md"), "corpus/**/*.txt")
 
     def _reading(self) -> dict[str, Any]:
