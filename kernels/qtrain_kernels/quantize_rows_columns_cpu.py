@@ -1,4 +1,4 @@
-"""quantize_rows_columns on a CPU: the C++ kernel (``cpp/quantize_int8.cpp``), or the reference where torch is the tier."""
+"""quantize_rows_columns on a CPU: the C++ kernel (``cpp/*/quantize_int8.cpp``), or the reference where torch is the tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qtrain_kernels.cpu_tier import Tier, tier
 
 
 class _Side(ctypes.Structure):
-    """``qtrain::Side`` in cpp/quantize_int8.cpp."""
+    """``qtrain::Side`` in cpp/shared.h."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
