@@ -4,6 +4,7 @@ eager, where the tier has no GEMM of its own."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 
 import torch
@@ -112,6 +113,13 @@ def _dense(x: Tensor) -> Tensor:
     return x if _is_dense(x) else x.contiguous()
 
 
+_ones = functools.lru_cache(maxsize=64)(torch.ones)
+
+
 def _vector(scale: Tensor | None, size: int) -> Tensor:
     """[size] float32, contiguous; a factor of one, which changes nothing, for none."""
-    return torch.ones(size) if scale is None else scale.expand(size).contiguous()
+    if scale is None:
+        return _ones(size)  # type: ignore[no-any-return]
+    if scale.shape[0] == size and scale.is_contiguous():
+        return scale
+    return scale.expand(size).contiguous()

@@ -97,6 +97,10 @@ def _fake(
         x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
+    return _outputs(x, row_qmax, column_qmax)
+
+
+def _outputs(x: Tensor, row_qmax: int, column_qmax: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     R, C = x.shape
     rows, columns = ((R, C) if row_qmax else (0, 0)), ((C, R) if column_qmax else (0, 0))
     return (

@@ -35,6 +35,20 @@ inline void store_amx(bf16* p, __mmask16 lanes, __m512 v) {
   _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// 32 columns at once.
+inline void store_amx(float* p, __m512 v, __m512 w) {
+  _mm512_storeu_ps(p, v);
+  _mm512_storeu_ps(p + 16, w);
+}
+inline void store_amx(bf16* p, __m512 v, __m512 w) {
+  constexpr int NAN_OR_DENORMAL = 0x01 | 0x20 | 0x80;
+  if (_mm512_fpclass_ps_mask(v, NAN_OR_DENORMAL) | _mm512_fpclass_ps_mask(w, NAN_OR_DENORMAL)) {
+    store(p, 0xFFFF, v);
+    return store(p + 16, 0xFFFF, w);
+  }
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(w, v));
+}
+
 // r[i] holds row i of a 16x16 matrix of 32-bit words; afterwards column i.
 inline void transpose16(__m512i r[16]) {
   __m512i t[16];
