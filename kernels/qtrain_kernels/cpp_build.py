@@ -28,11 +28,11 @@ FLAGS = (
     "-fPIC",
     "-fopenmp",
     "-ffp-contract=off",  # a fused multiply-add rounds once where the reference rounds twice
-    *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")),
-    "-mamx-tile",
-    "-mamx-int8",
-    "-mavx512bf16",
+    "-fno-trapping-math",  # nobody asks for floating-point exceptions; loops with a comparison become vectors
 )
+_AVX512 = "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 amx-tile amx-int8"
+BUILDS = {"avx512": ("avx512", _AVX512), "avx2_vnni": ("avx2", "avx2 avxvnni"), "avx2": ("avx2", "avx2")}
+"""Name of a library -> the folder of its sources and the instructions that a compiler may use in all of them."""
 
 
 class BuildError(RuntimeError):
@@ -51,28 +51,36 @@ def cache_folder() -> Path:
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "qtrain") / "kernels"
 
 
-def _digest(compiler: str) -> str:
+def _sources(build: str) -> list[Path]:
+    return sorted((SOURCES / BUILDS[build][0]).glob("*.cpp"))
+
+
+def _flags(build: str) -> list[str]:
+    return [*FLAGS, *(f"-m{feature}" for feature in BUILDS[build][1].split())]
+
+
+def _digest(compiler: str, build: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    state = hashlib.sha256("\0".join([*FLAGS, compiler, version, torch.__version__]).encode())
-    for source in sorted(SOURCES.iterdir()):
+    state = hashlib.sha256("\0".join([*_flags(build), compiler, version, torch.__version__]).encode())
+    for source in [*_sources(build), *sorted(SOURCES.rglob("*.h"))]:
         state.update(source.name.encode() + b"\0" + source.read_bytes())
     return state.hexdigest()[:16]
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
-    """The built kernels, compiled now where they are not in the cache (seconds, with a line on standard error).
-    Raises BuildError without a compiler, where it fails, and where the cache cannot be written."""
+def load_library(build: str) -> ctypes.CDLL:
+    """The kernels of one of ``BUILDS``, compiled now where they are not in the cache (seconds, with a line on standard
+    error). Raises BuildError without a compiler, where it fails, and where the cache cannot be written."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler ($CXX, g++ or clang++) is found; install g++")
-    library = cache_folder() / f"qtrain_cpu_{_digest(compiler)}.so"
+    library = cache_folder() / f"qtrain_cpu_{build}_{_digest(compiler, build)}.so"
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             with _locked(library.parent / "lock"):
                 if not library.exists():  # another process may have built it meanwhile
-                    _compile(compiler, library)
+                    _compile(compiler, build, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BuildError(f"{library}: {error}; QTRAIN_CACHE moves the folder") from error
@@ -100,11 +108,10 @@ class _locked:
         self.file.close()
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, build: str, library: Path) -> None:
     print(f"qtrain: building its CPU kernels with {compiler}, once ({library})", file=sys.stderr, flush=True)
     temporary = library.with_name(f".{library.name}.{os.getpid()}.tmp")
-    sources = map(str, sorted(SOURCES.glob("*.cpp")))
-    command = [compiler, *FLAGS, *sources, *_torch_openmp(), "-o", str(temporary)]
+    command = [compiler, *_flags(build), *map(str, _sources(build)), *_torch_openmp(), "-o", str(temporary)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

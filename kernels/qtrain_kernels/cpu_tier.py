@@ -2,9 +2,11 @@
 
     amx            the built C++ kernels, products on AMX tiles (int8, since Sapphire Rapids)
     avx512_vnni    the built C++ kernels, products by vpdpbusd
-    torch          what torch ships: eager quantization, ``torch._int_mm``
+    avx2_vnni      the same in vectors of 256 bits (since Alder Lake, and Zen 5)
+    avx2           quantization and epilogue built, products by ``torch._int_mm``
+    torch          what torch ships: eager quantization and epilogue, ``torch._int_mm``
 
-All three give the same bits. The C++ kernels are built on first use (``cpp_build``). Where they cannot be, ``torch``
+All give the same bits. The C++ kernels are built on first use (``cpp_build``). Where they cannot be, ``torch``
 runs, and ``tier().reason`` says why; a tier that was asked for by name runs or raises.
 """
 
@@ -21,19 +23,31 @@ from pathlib import Path
 from .cpp_build import BuildError, load_library
 
 VARIABLE = "QTRAIN_CPU_KERNELS"
-TIERS = ("amx", "avx512_vnni", "torch")
+TIERS = ("amx", "avx512_vnni", "avx2_vnni", "avx2", "torch")
+BUILDS = {"amx": "avx512", "avx512_vnni": "avx512", "avx2_vnni": "avx2_vnni", "avx2": "avx2"}
+"""The library of each tier that has one, in ``cpp_build.BUILDS``."""
 # Flags of /proc/cpuinfo, which the kernel shows where the CPU has the instructions and the system saves their state
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-NEEDS = {"amx": _AVX512 | {"amx_tile", "amx_int8", "avx512_bf16"}, "avx512_vnni": _AVX512}
+NEEDS = {
+    "amx": _AVX512 | {"amx_tile", "amx_int8", "avx512_bf16"},
+    "avx512_vnni": _AVX512,
+    "avx2_vnni": {"avx2", "avx_vnni"},
+    "avx2": {"avx2"},
+}
 
 
 @dataclass(frozen=True)
 class Tier:
-    """name: of TIERS. reason: why no better one; empty for the best. library: the C++ kernels, None for torch."""
+    """name: of TIERS. reason: why no better one; empty for the best. library: the C++ kernels, None for torch.
+    multiplies: whether they have a GEMM; else torch's is used."""
 
     name: str
     reason: str
     library: ctypes.CDLL | None
+
+    @property
+    def multiplies(self) -> bool:
+        return self.name not in ("avx2", "torch")
 
     def __str__(self) -> str:
         return self.name + (f" ({self.reason})" if self.reason else "")
@@ -75,7 +89,7 @@ def _try(name: str) -> tuple[str, ctypes.CDLL | None]:
     if missing:
         return f"this CPU has no {', '.join(missing)}", None
     try:
-        library = load_library()
+        library = load_library(BUILDS[name])
     except BuildError as error:
         return str(error), None
     if name == "amx" and library.qtrain_request_amx():

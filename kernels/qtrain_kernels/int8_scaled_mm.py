@@ -156,6 +156,7 @@ _CASES: dict[str, Callable[[], Inputs]] = {
     "expanded/fp32": _case(9, 20, 30, _F, layout="expanded"),
     "not_finite/fp32": _case(30, 20, 40, _F, bias=_F, scales="hostile"),
     "not_finite/bf16": _case(30, 20, 40, _B, scales="hostile"),
+    "not_finite_wide/bf16": _case(30, 70, 40, _B, scales="hostile"),
     "per_tensor/bf16": _case(20, 30, 40, _B, bias=_F, scales="tensor"),
     "no_scales/fp32": _case(20, 30, 40, _F, scales="none"),
     "extreme/fp32": _extreme,

@@ -1,4 +1,4 @@
-"""quantize_rows_columns on a CPU: the C++ kernel (``cpp/quantize_int8.cpp``), or the reference where torch is the tier."""
+"""quantize_rows_columns on a CPU: the C++ kernel (``cpp/*/quantize_int8.cpp``), or the reference where torch is the tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qtrain_kernels.cpu_tier import Tier, tier
 
 
 class _Side(ctypes.Structure):
-    """``qtrain::Side`` in cpp/quantize_int8.cpp."""
+    """``qtrain::Side`` in cpp/shared.h."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -46,7 +46,9 @@ def launch(
     if x.stride(1) != 1 or x.stride(0) < 0:
         x = x.contiguous()
     row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
-    outputs = declaration._fake(*arguments)
+    draws = (row_stochastic and row_qmax) or (column_stochastic and column_qmax)
+    counters = [int(counter) for counter in (seed, step, row_offset)] if draws else [0, 0, 0]
+    outputs = declaration.outputs(x, *(torch.int8 if qmax else None for qmax in (row_qmax, column_qmax)))
     row_codes, row_scale, column_codes, column_scale = outputs
     status = library.qtrain_quantize_int8(
         ctypes.c_void_p(x.data_ptr()),
@@ -58,7 +60,7 @@ def launch(
         ctypes.byref(
             _side(column_codes, column_scale, column_fold, column_qmax, column_stochastic, column_per_tensor, column_stream)
         ),
-        *(ctypes.c_int64(int(counter)) for counter in (seed, step, row_offset)),
+        *map(ctypes.c_int64, counters),
         torch.get_num_threads(),
     )  # fmt: skip
     if status:

@@ -17,9 +17,11 @@ SMALL = 'extern "C" int qtrain_answer() { return %d; }\n'
 def room(tmp_path, monkeypatch):
     """A folder of sources and a cache of its own, with a library that builds in no time."""
     sources = tmp_path / "cpp"
-    sources.mkdir()
+    (sources / "small").mkdir(parents=True)
+    sources /= "small"
     (sources / "answer.cpp").write_text(SMALL % 42)
-    monkeypatch.setattr(cpp_build, "SOURCES", sources)
+    monkeypatch.setattr(cpp_build, "SOURCES", sources.parent)
+    monkeypatch.setattr(cpp_build, "BUILDS", {"small": ("small", "sse2")})
     monkeypatch.setattr(cpp_build, "load_library", cpp_build.load_library.__wrapped__)
     monkeypatch.setenv("QTRAIN_CACHE", str(tmp_path / "cache"))
     return sources
@@ -31,12 +33,12 @@ def built():
 
 @needs_compiler
 def test_built_once_with_a_message_and_again_when_a_source_changes(room, capfd):
-    assert cpp_build.load_library().qtrain_answer() == 42
+    assert cpp_build.load_library("small").qtrain_answer() == 42
     assert "building its CPU kernels with" in capfd.readouterr().err
-    assert cpp_build.load_library().qtrain_answer() == 42
+    assert cpp_build.load_library("small").qtrain_answer() == 42
     assert capfd.readouterr().err == ""
     (room / "answer.cpp").write_text(SMALL % 43)
-    assert cpp_build.load_library().qtrain_answer() == 43
+    assert cpp_build.load_library("small").qtrain_answer() == 43
     names = built()
     assert len(names) == 3
     assert "lock" in names
@@ -47,15 +49,16 @@ def test_built_once_with_a_message_and_again_when_a_source_changes(room, capfd):
 def test_a_source_that_does_not_compile(room):
     (room / "answer.cpp").write_text("int answer() { return nothing; }\n")
     with pytest.raises(cpp_build.BuildError, match=r"does not build the CPU kernels: .*nothing"):
-        cpp_build.load_library()
+        cpp_build.load_library("small")
     assert built() == ["lock"]
 
 
 @needs_compiler
 def test_processes_that_start_together_build_once(room):
     code = (
-        "import sys, pathlib; from qtrain_kernels import cpp_build; cpp_build.SOURCES = pathlib.Path(sys.argv[1]);"
-        "print(cpp_build.load_library().qtrain_answer())"
+        "import sys, pathlib; from qtrain_kernels import cpp_build; cpp_build.SOURCES = pathlib.Path(sys.argv[1]).parent;"
+        "cpp_build.BUILDS = {'small': ('small', 'sse2')};"
+        "print(cpp_build.load_library('small').qtrain_answer())"
     )
     processes = [
         subprocess.Popen(
@@ -75,7 +78,7 @@ def test_processes_that_start_together_build_once(room):
 def test_without_a_compiler(room, monkeypatch):
     monkeypatch.setattr(cpp_build, "find_compiler", lambda: None)
     with pytest.raises(cpp_build.BuildError, match="install g"):
-        cpp_build.load_library()
+        cpp_build.load_library("small")
 
 
 @needs_compiler
@@ -83,4 +86,4 @@ def test_a_cache_that_cannot_be_written(room, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QTRAIN_CACHE", str(tmp_path / "file"))
     with pytest.raises(cpp_build.BuildError, match="QTRAIN_CACHE moves the folder"):
-        cpp_build.load_library()
+        cpp_build.load_library("small")

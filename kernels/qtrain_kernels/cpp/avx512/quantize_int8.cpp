@@ -11,33 +11,7 @@
 namespace qtrain {
 namespace {
 
-constexpr long TILE = 64;
-constexpr float MIN_SCALE = 0x1p-100f;
-
-}  // namespace
-
-// One copy of codes. fold: multiplied into x before, along the other axis; or null. codes: null for no such copy.
-struct Side {
-  int8_t* codes;
-  float* scale;
-  const float* fold;
-  int32_t qmax;
-  int32_t stochastic;
-  int32_t per_tensor;
-  int32_t stream;
-};
-
-namespace {
-
 inline __m512i magnitude(__m512 v) { return _mm512_castps_si512(_mm512_abs_ps(v)); }
-
-// The scale of a largest magnitude, given as bits.
-float scale_of(int32_t bits, int qmax) {
-  float amax;
-  std::memcpy(&amax, &bits, 4);
-  float scale = amax / (float)qmax;
-  return scale < MIN_SCALE ? MIN_SCALE : scale;  // NaN stays
-}
 
 // v -> codes as 32-bit integers, of which the low byte counts: NaN converts to 0x80000000, whose low byte is 0.
 inline __m512i codes_of(__m512 v) { return _mm512_cvtps_epi32(v); }
@@ -87,24 +61,8 @@ struct Quantizer {
 
   // From magnitudes to scales, once all threads have measured.
   void finish_scales(int threads) const {
-    if (rows.codes) finish(rows, row_inverse, R, [&](long r) { int32_t b; std::memcpy(&b, &rows.scale[r], 4); return b; });
-    if (columns.codes)
-      finish(columns, column_inverse, C, [&](long c) {
-        int32_t most = 0;
-        for (int t = 0; t < threads; t++) most = column_bits[t * C + c] > most ? column_bits[t * C + c] : most;
-        return most;
-      });
-  }
-
-  template <class Bits>
-  static void finish(const Side& side, float* inverse, long n, Bits bits) {
-    int32_t most = 0;
-    if (side.per_tensor)
-      for (long i = 0; i < n; i++) most = bits(i) > most ? bits(i) : most;
-    for (long i = 0; i < n; i++) {
-      side.scale[i] = scale_of(side.per_tensor ? most : bits(i), side.qmax);
-      inverse[i] = 1.0f / side.scale[i];
-    }
+    finish_row_scales(rows, row_inverse, R);
+    finish_column_scales(columns, column_inverse, C, column_bits, threads);
   }
 
   // The codes of rows [r, r + 64) and columns [c, c + 64). Everything is copied out of *this first: codes are stored as

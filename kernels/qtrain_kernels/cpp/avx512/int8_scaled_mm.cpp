@@ -206,9 +206,19 @@ struct Amx {
       _tile_stored(2, sums + 16 * 32, 128);
       _tile_stored(3, sums + 16 * 32 + 16, 128);
       if (to < padded(o.K)) continue;
+      const long rows = std::min(BLOCK_M, c.count - i);
+      if (o.N - n >= 32) {  // both panels whole
+        const Columns left(o, n), right(o, n + 16);
+        for (long row = 0; row < rows; row++) {
+          const float a_scale = o.a_scale[c.first + i + row];
+          store_amx(y + (c.first + i + row) * o.N + n, left.finish(_mm512_load_si512(sums + 32 * row), a_scale),
+                    right.finish(_mm512_load_si512(sums + 32 * row + 16), a_scale));
+        }
+        continue;
+      }
       for (long j = 0; j < panels; j++) {
         const Columns columns(o, n + 16 * j);
-        for (long row = 0; row < BLOCK_M && i + row < c.count; row++) {
+        for (long row = 0; row < rows; row++) {
           __m512 v = columns.finish(_mm512_load_si512(sums + 32 * row + 16 * j), o.a_scale[c.first + i + row]);
           store_amx(y + (c.first + i + row) * o.N + n + 16 * j, columns.lanes, v);
         }

@@ -3,26 +3,9 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
-#include <cstdlib>
-#include <utility>
+#include "../shared.h"
 
 namespace qtrain {
-
-using bf16 = uint16_t;  // the upper half of a float32
-
-inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// f(0), f(1), ... f(N - 1) with constants: an array that is indexed in f alone becomes registers. GCC 12 leaves it in
-// memory when a loop, unrolled or not, goes over it.
-template <class F, int... I>
-[[gnu::always_inline]] inline void each(F f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-[[gnu::always_inline]] inline void each(F f) {
-  each(f, std::make_integer_sequence<int, N>{});
-}
 
 // The first n of 16 (64) lanes; n may lie outside 0 ... 16 (64).
 inline __mmask16 lanes16(long n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
@@ -52,6 +35,20 @@ inline void store_amx(bf16* p, __mmask16 lanes, __m512 v) {
   _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// 32 columns at once.
+inline void store_amx(float* p, __m512 v, __m512 w) {
+  _mm512_storeu_ps(p, v);
+  _mm512_storeu_ps(p + 16, w);
+}
+inline void store_amx(bf16* p, __m512 v, __m512 w) {
+  constexpr int NAN_OR_DENORMAL = 0x01 | 0x20 | 0x80;
+  if (_mm512_fpclass_ps_mask(v, NAN_OR_DENORMAL) | _mm512_fpclass_ps_mask(w, NAN_OR_DENORMAL)) {
+    store(p, 0xFFFF, v);
+    return store(p + 16, 0xFFFF, w);
+  }
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(w, v));
+}
+
 // r[i] holds row i of a 16x16 matrix of 32-bit words; afterwards column i.
 inline void transpose16(__m512i r[16]) {
   __m512i t[16];
@@ -72,52 +69,6 @@ inline void transpose16(__m512i r[16]) {
     r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
   }
 }
-
-// Memory that is aligned, grows, and is kept by its thread: fresh pages cost more than what they are used for.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void* get(size_t bytes) {
-    if (bytes > size_ || data_ == nullptr) {
-      std::free(data_);
-      size_ = round_up((long)bytes + 1, 4096);
-      data_ = std::aligned_alloc(4096, size_);
-      if (data_ == nullptr) size_ = 0;
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// counter_hash.py: the same bits.
-constexpr uint32_t GOLDEN = 0x9E3779B9, MULTIPLIER_1 = 0x7FEB352D, MULTIPLIER_2 = 0x846CA68B;
-
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= MULTIPLIER_1;
-  x ^= x >> 15;
-  x *= MULTIPLIER_2;
-  return x ^ (x >> 16);
-}
-
-struct RowKeys {
-  uint32_t r0, r1;
-};
-
-struct Key {
-  uint32_t k0, k1;
-  Key(int64_t seed, int64_t step, int32_t stream) : k0(word(0x243F6A88, seed, step, stream)), k1(word(0x85A308D3, seed, step, stream)) {}
-  static uint32_t word(uint32_t start, int64_t seed, int64_t step, int32_t stream) {
-    uint32_t w = mix((uint32_t)seed ^ start);
-    w = mix(w + (uint32_t)((uint64_t)seed >> 32));
-    w = mix(w ^ (uint32_t)step);
-    return mix(w + (uint32_t)stream);
-  }
-  RowKeys row(int64_t global_row) const { return {mix((uint32_t)global_row ^ k0), mix((uint32_t)global_row + k1)}; }
-};
 
 // Uniform in [0, 1) for 16 columns from `column` on.
 inline __m512 uniform16(RowKeys row, long column) {
