@@ -48,7 +48,7 @@ def launch(
     row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
     draws = (row_stochastic and row_qmax) or (column_stochastic and column_qmax)
     counters = [int(counter) for counter in (seed, step, row_offset)] if draws else [0, 0, 0]
-    outputs = declaration.outputs(x, *(torch.int8 if qmax else None for qmax in (row_qmax, column_qmax)))
+    outputs = declaration.outputs(x, torch.int8 if row_qmax else None, torch.int8 if column_qmax else None)
     row_codes, row_scale, column_codes, column_scale = outputs
     status = library.qtrain_quantize_int8(
         ctypes.c_void_p(x.data_ptr()),
