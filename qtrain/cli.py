@@ -320,7 +320,9 @@ def _launch(
     if not multirun:
         return hydra.run(config_name, job, [*words, "hydra.mode=RUN"]).return_value
     if config_name == "train":
-        words = [*words, *_announce(config_name, checks)]
+        from qtrain import local_sweep
+
+        words = [*words, *local_sweep.announce(config_name, checks, _as_job)]
     batches = hydra.multirun(config_name, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
     worst = 0
     for number, run in enumerate(run for batch in batches or [] for run in batch):
@@ -329,33 +331,6 @@ def _launch(
             print(f"run {number} ({which}) ended with exit code {run.return_value}", file=sys.stderr)
             worst = max(worst, run.return_value)
     return worst
-
-
-def _announce(command: str, checks: Overrides) -> list[str]:
-    """Says in the sweep's folder which runs this process will start, for ``qtrain status``. A launcher that submits them
-    says it itself, and a sampler does not know. Returns the override that keeps Hydra in that folder, whose name has the
-    time in it."""
-    from qtrain.cluster.submitted_sweep import write_local_sweep
-
-    runs = checks.combinations(multirun=True)
-    config = checks.compose(runs[0])
-    section = config.hydra
-    if "slurm" in str(section.launcher.get("_target_")).lower() or "Basic" not in section.sweeper.get(
-        "_target_", ""
-    ):
-        return []
-    folders: list[str | None] = [None] * len(runs)  # named when they start
-    if config.get("run") is not None:
-        folders = [_run_folder(checks.compose(run), i) for i, run in enumerate(runs)]
-    arms = [[word for word in run if not word.startswith(("hydra.", "hydra/"))] for run in runs]
-    write_local_sweep(Path(section.sweep.dir), command, arms, folders)
-    quoted = str(section.sweep.dir).replace("\\", "\\\\").replace("'", "\\'")
-    return [f"hydra.sweep.dir='{quoted}'"]
-
-
-def _run_folder(config: DictConfig, number: int) -> str:
-    _as_job(config, number)
-    return str(Path(config.out) / config.name / str(config.run))
 
 
 def _deferred(words: list[str], checks: Overrides) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.cluster.queue import JobState, Queue
-from qtrain.cluster.submitted_sweep import ArmPlace
+from qtrain.cluster.sweep_file import ArmPlace
 
 from .health import Health
 from .instrument_records import Alert

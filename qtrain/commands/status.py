@@ -32,7 +32,7 @@ def _names(config: dict[str, Any]) -> list[str]:
 
 
 def _sweep_folder(config: dict[str, Any]) -> Path | None:
-    from qtrain.cluster.submitted_sweep import sweeps_below
+    from qtrain.cluster.sweep_file import sweeps_below
 
     if config["multirun"] != "last":
         return None if config["multirun"] is None else Path(config["multirun"])
@@ -47,7 +47,7 @@ def _sweep_folder(config: dict[str, Any]) -> Path | None:
 def check(cfg: DictConfig) -> None:
     """Raises ValueError for runs and sweeps that are not there, and for numbers that cannot be."""
     from qtrain.analysis.run_sources import places
-    from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
+    from qtrain.cluster.sweep_file import read_sweep, sweeps_below
 
     config = plain(cfg)
     for key, least in (("watch", 1), ("limit", 1), ("slurm_seconds", 1)):
@@ -75,7 +75,7 @@ def _look(config: dict[str, Any], read: Any = None) -> Any:
     from qtrain.analysis.run_tail import read_tail
     from qtrain.analysis.survey import survey
     from qtrain.cluster.queue import Queue, ask_slurm
-    from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
+    from qtrain.cluster.sweep_file import read_sweep, sweeps_below
     from qtrain.training.run_folder import is_trained
 
     read = read or read_tail
@@ -104,7 +104,7 @@ def _look(config: dict[str, Any], read: Any = None) -> Any:
 def _arms(folders: list[Path]) -> tuple[list[Any], list[str]]:
     """Of the sweeps that were started from here: the arms of these folders, whose logs they know, and all of the last one;
     and what could not be read."""
-    from qtrain.cluster.submitted_sweep import read_sweep, sweeps_below
+    from qtrain.cluster.sweep_file import read_sweep, sweeps_below
 
     here = {folder.absolute() for folder in folders}
     arms: list[Any] = []

@@ -11,7 +11,7 @@ import pytest
 
 from qtrain.analysis.survey import Survey, as_json, survey
 from qtrain.cluster.queue import JobState, Queue
-from qtrain.cluster.submitted_sweep import ArmPlace
+from qtrain.cluster.sweep_file import ArmPlace
 
 NODE = {"array_job": "120", "restarts": 0, "nodes": "n1", "partition": "main"}
 

@@ -1,15 +1,17 @@
-"""sweep.json: what it holds, and that it is whole or not there."""
+"""sweep.json: what it holds, that it is whole or not there, and what is read from it."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from qtrain.cluster import sweep_file
-from qtrain.cluster.sweep_file import Arm, write_sweep
+from qtrain.cluster.sweep_file import Arm, read_sweep, sweeps_below, write_local_sweep, write_sweep
 
 ARMS = [
     Arm(i, f"120_{i}", ("w=int8_row", f"seed={i}"), f"outputs/train/r{i}", f"/logs/120_{i}.out")
@@ -43,3 +45,84 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_sweep(tmp_path, "train", "2", ARMS, Path("/work"))
     assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+SWEEP = {
+    "command": "train", "submitted_at": "2026-11-26T19:02:11+00:00", "launcher": "slurm", "job": "120", "cwd": "/work/me",
+    "arms": [
+        {"number": 0, "job": "120_0", "overrides": ["w=int8_row", "seed=0"], "folder": "outputs/train/a", "log": "/logs/120_0_0_log.out"},
+        {"number": 1, "job": "120_1", "overrides": ["w=int4_row"], "folder": "/scratch/train/b", "log": None},
+    ],
+}  # fmt: skip
+
+
+def written(folder: Path, value: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return folder
+
+
+def test_folders_are_relative_to_where_it_was_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = written(tmp_path / "multirun/2026-11-26/19-02-11", SWEEP)
+    sweep = read_sweep(folder)
+    assert sweep == read_sweep(folder / "sweep.json")
+    assert (sweep.folder, sweep.launcher, sweep.submitted_at) == (
+        folder,
+        "slurm",
+        "2026-11-26T19:02:11+00:00",
+    )
+    first, second = sweep.arms
+    assert (first.job, first.overrides, first.number) == ("120_0", ("w=int8_row", "seed=0"), 0)
+    assert first.folder == Path("/work/me/outputs/train/a")
+    assert first.log == Path("/logs/120_0_0_log.out")
+    assert (second.folder, second.log) == (Path("/scratch/train/b"), None)
+    here = written(tmp_path / "multirun/2026-11-27/08-00-00", {**SWEEP, "cwd": str(tmp_path)})
+    assert read_sweep(here).arms[0].folder == Path("outputs/train/a")
+    assert sweeps_below(Path("multirun")) == [
+        Path("multirun/2026-11-26/19-02-11"),
+        Path("multirun/2026-11-27/08-00-00"),
+    ]
+
+
+def test_no_sweep_and_a_broken_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no sweep.json, which qtrain train -m leaves"):
+        read_sweep(tmp_path)
+    for i, bad in enumerate(
+        ["{", "[]", '{"arms": [{}]}', '{"arms": 3}', '{"arms": [{"number": "x", "overrides": []}]}']
+    ):
+        with pytest.raises(ValueError, match="does not hold a sweep"):
+            read_sweep(written(tmp_path / str(i), bad))
+
+
+def test_a_local_sweep_names_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_local_sweep(
+        Path("multirun/2026-11-26/19-02-11"), "train", [["w=int8_row"], ["w=int4_row"]], [None, "outputs/b"]
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["sweep.json"]
+    # This process is pytest's, and says nothing of qtrain but its paths
+    monkeypatch.setattr("qtrain.cluster.sweep_file._named_so", lambda process: process == os.getpid())
+    first, second = read_sweep(path.parent).arms
+    assert (first.overrides, first.job, first.folder, first.lives) == (("w=int8_row",), None, None, True)
+    assert second.folder == Path("outputs/b")
+    assert second.since == json.loads(path.read_text())["submitted_at"]
+    value = json.loads(path.read_text())
+    for change, lives in (
+        ({"host": "another"}, None),
+        ({"process": 2**22 + 1}, False),
+        ({"process": None}, None),
+    ):
+        path.write_text(json.dumps({**value, **change}))
+        assert read_sweep(path.parent).arms[0].lives is lives
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    other = subprocess.Popen(["sleep", "60"])  # whose number was once that of a sweep
+    try:
+        path.write_text(json.dumps({**value, "process": other.pid}))
+        assert read_sweep(path.parent).arms[0].lives is False
+    finally:
+        other.kill()
+        other.wait()

@@ -307,9 +307,7 @@ def test_a_local_sweep(
             return losses(self, batch)
 
         patch.setattr(QuantizedTransformer, "token_losses", acting)
-        patch.setattr(
-            "qtrain.cluster.submitted_sweep._named_so", lambda process: True
-        )  # this process is pytest's
+        patch.setattr("qtrain.cluster.sweep_file._named_so", lambda process: True)  # this process is pytest's
         cli.main(["train", "-m", *given, "seed=5,7,9"])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
