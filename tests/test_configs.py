@@ -118,11 +118,11 @@ def test_every_launcher_says_what_a_batch_script_takes(name):
     Request.of(section)
 
 
-@pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "device").glob("*.yaml"))])
+@pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "hardware").glob("*.yaml"))])
 def test_every_device_is_one_that_plans(name):
-    cfg = OmegaConf.to_container(composed("plan", f"device={name}"), resolve=True)
-    if cfg["device"].get("calibrate"):  # measured when it is asked for: tests/planning/test_calibration.py
-        assert cfg["device"] == {"calibrate": True}
+    cfg = OmegaConf.to_container(composed("plan", f"hardware={name}"), resolve=True)
+    if cfg["hardware"].get("calibrate"):  # measured when it is asked for: tests/planning/test_calibration.py
+        assert cfg["hardware"] == {"calibrate": True}
         return
     inputs = inputs_of(cfg, measure=False)
     assert inputs.device.name

@@ -1,10 +1,10 @@
 """What a run would take: memory of a GPU, time of a step, days, cost, and what each recipe saves; nothing is trained.
 
-    qtrain plan model=llama_1b recipe=int8_lean gpus=8 device=h100 micro_batch_sequences=8
+    qtrain plan model=llama_1b recipe=int8_lean gpus=8 hardware=h100 micro_batch_sequences=8
     qtrain plan model=llama_1b gpus=64 trainer.strategy=fsdp2 recipes=[none,all_gemms,fp8_rowwise] png=plan.png json=plan.json
     qtrain plan check=true                  small models planned for this machine, and measured on it
 
-device=this measures the rates of this machine first. The model of memory and time, what is measured and what is assumed, and how
+hardware=this measures the rates of this machine first. The model of memory and time, what is measured and what is assumed, and how
 far it was off: docs/scaling.md.
 """
 
@@ -61,13 +61,13 @@ def _gpus(config: dict[str, Any], per_node: int) -> dict[str, Any]:
         )
     if gpus > per_node and gpus % per_node:
         raise ValueError(
-            f"gpus={gpus}: nodes of {per_node}; take gpus={gpus // per_node * per_node}, or device.gpus_per_node"
+            f"gpus={gpus}: nodes of {per_node}; take gpus={gpus // per_node * per_node}, or hardware.gpus_per_node"
         )
     return {**trainer, "devices": min(gpus, per_node), "num_nodes": max(1, gpus // per_node)}
 
 
 def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
-    """measure: whether ``device=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
+    """measure: whether ``hardware=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
     TypeError for what cannot be planned."""
     from qtrain.planning.budget import LAWS, Failures
     from qtrain.planning.communication import LowBits
@@ -81,7 +81,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         raise ValueError(f"scaling_law={config['scaling_law']!r}: allowed are {', '.join(LAWS)}")
     if config["tokens"] is not None and config["target_loss"] is not None:
         raise ValueError("tokens and target_loss: give one of them")
-    device = _device(config["device"], config["sequence_tokens"] if measure else None)
+    device = _device(config["hardware"], config["sequence_tokens"] if measure else None)
     processes = ProcessSettings.of(_gpus(config, device.gpus_per_node))
     settings = _settings(config, processes.world_size, RunSettings)
     model = config["model"]
@@ -122,7 +122,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
 
 
 def _device(config: dict[str, Any], sequence_tokens: int | None) -> Any:
-    """sequence_tokens: of the attention that ``device=this`` measures; None: a moment's measurement, for checks."""
+    """sequence_tokens: of the attention that ``hardware=this`` measures; None: a moment's measurement, for checks."""
     from qtrain.planning.devices import Device
 
     if not config.get("calibrate"):
@@ -139,13 +139,13 @@ def _device(config: dict[str, Any], sequence_tokens: int | None) -> Any:
 
 
 def _named_device(name: str) -> Any:
-    """Of a file in configs/device."""
+    """Of a file in configs/hardware."""
     from omegaconf import OmegaConf
 
     from qtrain.cli import config_dir
     from qtrain.planning.devices import Device
 
-    values: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "device" / f"{name}.yaml"))
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "hardware" / f"{name}.yaml"))
     return Device.of(values)
 
 
@@ -196,7 +196,7 @@ def check(cfg: DictConfig) -> None:
     from qtrain.planning.plan import refused
 
     first = next(iter(_recipes(config).values()))
-    if not config["check"] and not config["device"].get("calibrate"):
+    if not config["check"] and not config["hardware"].get("calibrate"):
         refused(inputs, first)
 
 

@@ -1,4 +1,4 @@
-"""``device=this``: the rates of the machine that plans, from medians of short runs: large GEMMs, fused attention, elementwise
+"""``hardware=this``: the rates of the machine that plans, from medians of short runs: large GEMMs, fused attention, elementwise
 work with new outputs (as eager code has; on a CPU the memory for them is most of it), and a tiny operation's time.
 """
 

@@ -1,4 +1,4 @@
-"""Devices: what a data sheet says, what was measured, and what is assumed; from configs/device, or measured here.
+"""Devices: what a data sheet says, what was measured, and what is assumed; from configs/hardware, or measured here.
 
     time of a GEMM = max(FLOPs / rate, bytes / bandwidth) + overhead          of another kernel: bytes / bandwidth + overhead
 
@@ -54,7 +54,7 @@ class Device:
 
     def __post_init__(self) -> None:
         if self.type not in ("cuda", "cpu"):
-            raise ValueError(f"device.type={self.type!r}: allowed are cuda and cpu")
+            raise ValueError(f"hardware.type={self.type!r}: allowed are cuda and cpu")
         for name in (
             "memory_gib",
             "attention_tflops",
@@ -66,7 +66,7 @@ class Device:
             _positive(name, getattr(self, name))
         for name in ("kernel_us", "host_us", "link_us", "node_us"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"device.{name}={getattr(self, name)!r}: microseconds, 0 or more")
+                raise ValueError(f"hardware.{name}={getattr(self, name)!r}: microseconds, 0 or more")
         for name in ("watts", "price_per_hour", "gemm_us"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -75,17 +75,17 @@ class Device:
             or not isinstance(self.gpus_per_node, int)
             or self.gpus_per_node < 1
         ):
-            raise ValueError(f"device.gpus_per_node={self.gpus_per_node!r}: a whole number, 1 or more")
+            raise ValueError(f"hardware.gpus_per_node={self.gpus_per_node!r}: a whole number, 1 or more")
         for name in ("peak_tflops", "gemm_tflops"):
             rates = dict(getattr(self, name))
             object.__setattr__(self, name, {k: v for k, v in rates.items() if v is not None})
             for precision, rate in rates.items():
                 if precision not in PRECISIONS:
-                    raise ValueError(f"device.{name}.{precision}: allowed are {', '.join(PRECISIONS)}")
+                    raise ValueError(f"hardware.{name}.{precision}: allowed are {', '.join(PRECISIONS)}")
                 if rate is not None:
                     _positive(f"{name}.{precision}", rate)
         if not {"bf16", "fp32"} <= set(self.gemm_tflops):
-            raise ValueError("device.gemm_tflops: bf16 and fp32 are needed")
+            raise ValueError("hardware.gemm_tflops: bf16 and fp32 are needed")
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Device:
@@ -93,7 +93,7 @@ class Device:
         known = [f.name for f in fields(Device)]
         unknown = [str(key) for key in config if key not in known]
         if unknown:
-            raise ValueError(f"device.{unknown[0]}: allowed are {', '.join(known)}")
+            raise ValueError(f"hardware.{unknown[0]}: allowed are {', '.join(known)}")
         try:
             return Device(**{str(key): value for key, value in config.items()})
         except TypeError as error:
@@ -131,4 +131,4 @@ def _number(value: Any) -> bool:
 
 def _positive(name: str, value: Any) -> None:
     if not _number(value) or not value > 0:
-        raise ValueError(f"device.{name}={value!r}: a positive number")
+        raise ValueError(f"hardware.{name}={value!r}: a positive number")

@@ -11,7 +11,7 @@ import pytest
 from qtrain import cli
 
 SMALL = (
-    "model=llama_1m", "compile=false", "batch_sequences=16", "sequence_tokens=64", "recipes=[none]", "device=h200",
+    "model=llama_1m", "compile=false", "batch_sequences=16", "sequence_tokens=64", "recipes=[none]", "hardware=h200",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_a_plan_adds_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     found = planned(
         tmp_path,
         "recipes=[none,all_gemms,'all_gemms compute=native']",
-        "device.price_per_hour=2",
+        "hardware.price_per_hour=2",
         "tokens=1e9",
         f"png={picture}",
     )
@@ -68,7 +68,7 @@ def test_gpus_are_nodes_and_share_the_batch(tmp_path: Path) -> None:
 
 
 def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) -> None:
-    found = planned(tmp_path, "device.memory_gib=0.025", "overhead_gib=0")
+    found = planned(tmp_path, "hardware.memory_gib=0.025", "overhead_gib=0")
     settings, plan = found["settings"], found["plans"][0]
     assert 1 < settings["micro_batch_sequences"] < 16
     assert plan["fits"]
@@ -78,7 +78,7 @@ def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) ->
 
 
 def test_what_does_not_fit_says_what_to_change(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = planned(tmp_path, "device.memory_gib=0.025", "overhead_gib=0", "micro_batch_sequences=16", code=1)
+    found = planned(tmp_path, "hardware.memory_gib=0.025", "overhead_gib=0", "micro_batch_sequences=16", code=1)
     assert not found["plans"][0]["fits"]
     assert "does not fit" in capfd.readouterr().out
     assert "micro_batch_sequences=" in found["plans"][0]["warnings"][0]
@@ -88,7 +88,7 @@ def test_a_recipe_that_cannot_run_is_a_line_beside_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = planned(
-        tmp_path, "device=a100", "recipes=[none,'fp8_rowwise compute=native','qpt compute=native']"
+        tmp_path, "hardware=a100", "recipes=[none,'fp8_rowwise compute=native','qpt compute=native']"
     )
     assert [plan["name"] for plan in found["plans"]] == ["int8_lean", "none"]
     assert "multiplies no fp8" in found["refused"]["fp8_rowwise compute=native"]
@@ -98,7 +98,7 @@ def test_a_recipe_that_cannot_run_is_a_line_beside_the_others(
 
 def test_auto_is_native_where_there_are_kernels(tmp_path: Path) -> None:
     computes = {
-        device: planned(tmp_path, f"device={device}", "recipe=fp8_rowwise", "compute=auto", "recipes=[]")[
+        device: planned(tmp_path, f"hardware={device}", "recipe=fp8_rowwise", "compute=auto", "recipes=[]")[
             "plans"
         ][0]["compute"]
         for device in ("h200", "a100")
@@ -126,19 +126,19 @@ def test_tokens_for_a_loss_are_an_estimate(tmp_path: Path, capfd: pytest.Capture
         (["scaling_law=moore"], "allowed are hoffmann, besiroglu"),
         (["margin_fraction=-0.1"], "margin_fraction"),
         (["failures.restart_minutes=0"], "failures.restart_minutes=0"),
-        (["device.copy_gb_per_s=0"], "device.copy_gb_per_s=0"),
+        (["hardware.copy_gb_per_s=0"], "hardware.copy_gb_per_s=0"),
         (["compile=maybe"], "compile='maybe'"),
         (["json=plan.txt"], "ends in .json"),
         (["recipes=none"], "recipes='none'"),
         (["recipes=[nonne]"], "nonne"),
-        (["device=a100", "recipe=fp8_rowwise", "compute=native"], "multiplies no fp8"),
+        (["hardware=a100", "recipe=fp8_rowwise", "compute=native"], "multiplies no fp8"),
         (["recipe=qpt", "compute=native"], "compute=native"),
         (
             ["model=llama_1b", "sequence_tokens=2048", "batch_sequences=128", "micro_batch_sequences=128"],
             "131,071",
         ),
         (["trainer.strategy=deepspeed"], "trainer.strategy"),
-        (["device=h900"], "h900"),
+        (["hardware=h900"], "h900"),
         (["gpu=4"], "gpu"),
     ],
 )

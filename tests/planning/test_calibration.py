@@ -1,4 +1,4 @@
-"""``device=this``: small sizes, no claim about speed but that the numbers are ones that a plan can use."""
+"""``hardware=this``: small sizes, no claim about speed but that the numbers are ones that a plan can use."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_published_layers_are_within_their_stated_errors() -> None:
     from qtrain.planning.devices import Device
     from qtrain.planning.published import rows
 
-    file = Path(__file__).parents[2] / "configs" / "device" / "h200.yaml"
+    file = Path(__file__).parents[2] / "configs" / "hardware" / "h200.yaml"
     found = {
         what: predicted / measured - 1
         for what, predicted, measured in rows(Device.of(yaml.safe_load(file.read_text())))

@@ -1,4 +1,4 @@
-"""Devices: the roofline by hand, what has no hardware, refusals, and the files of configs/device."""
+"""Devices: the roofline by hand, what has no hardware, refusals, and the files of configs/hardware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from round_device import plain_device
 
 from qtrain.planning.devices import Device
 
-FILES = sorted((Path(__file__).parents[2] / "configs" / "device").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "configs" / "hardware").glob("*.yaml"))
 
 
 def test_a_gemm_takes_the_longer_of_its_products_and_its_bytes() -> None:
@@ -49,7 +49,7 @@ def test_what_a_device_lacks() -> None:
         ({"kernel_us": -1}, "kernel_us"),
         ({"gemm_tflops": {"bf16": 1.0}}, "bf16 and fp32 are needed"),
         ({"gemm_tflops": {"bf16": 1.0, "fp32": 1.0, "fp4": 1.0}}, "fp4"),
-        ({"speed": 1}, "device.speed: allowed are name"),
+        ({"speed": 1}, "hardware.speed: allowed are name"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
