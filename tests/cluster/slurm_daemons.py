@@ -110,7 +110,7 @@ def _free_ports(count: int) -> list[int]:
         return [held.getsockname()[1] for held in sockets]
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     """Waits for ``condition``; raises TimeoutError that says ``what`` did not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -175,7 +175,7 @@ class Slurm:
     def state(self, name: str) -> str:
         return self.job(name).get("JobState", "UNKNOWN")
 
-    def wait(self, name: str, state: str, seconds: float = 90.0) -> dict[str, str]:
+    def wait(self, name: str, state: str, seconds: float = 300.0) -> dict[str, str]:
         """Until the job is in ``state``; what SLURM then says of it."""
         try:
             until(lambda: self.state(name) == state, f"job {name} in state {state}", seconds)
