@@ -9,7 +9,7 @@ command. What differs from hydra-submitit-launcher's own:
 - An arm's exit status is that of its job, so that SLURM's accounts say what failed, and no result is unpickled.
 - ``SWEEP/sweep.json`` says which job is which run, and waiting shows what becomes of them.
 
-Only ``qtrain.submission.plugin`` imports this, since both libraries are optional.
+Only ``qtrain.submission.register`` imports this, since both libraries are optional.
 """
 
 from __future__ import annotations

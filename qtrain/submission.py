@@ -23,11 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from qtrain.cluster.allocation import Request, Shape
 from qtrain.overrides import Overrides, UserError
 
-# Hydra builds plug-ins whose names begin so, and no others; ``plugin`` says which class this one is
+# Hydra builds plug-ins whose names begin so, and no others; ``register`` says which class this one is
 TARGET = "hydra_plugins.qtrain.SlurmLauncher"
-BASIC = (
-    "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one run after the other, in this process
-)
+# One run after the other, in this process
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 RESUME = "resume=auto"
 INSTALL = "pip install 'qtrain[slurm]'"
 
@@ -37,9 +36,9 @@ def submits(config: DictConfig) -> bool:
     return OmegaConf.select(config, "hydra.launcher._target_") == TARGET
 
 
-def plugin() -> Any:
-    """The launcher's class, known to Hydra from now on. Raises UserError with the pip command where submitit or Hydra's
-    launcher for it is missing."""
+def register() -> None:
+    """Makes the launcher known to Hydra. Raises UserError with the pip command where submitit or Hydra's launcher for it
+    is missing."""
     try:
         from qtrain.slurm_launcher import SlurmLauncher
     except ImportError as error:
@@ -50,20 +49,19 @@ def plugin() -> Any:
     from hydra.core.plugins import Plugins
 
     Plugins.instance().class_name_to_class[TARGET] = SlurmLauncher
-    return SlurmLauncher
 
 
 def named(words: list[str], checks: Overrides) -> list[str]:
     """``words`` with what gives each arm the name of its run, where nothing gives it one, and lets it go on."""
-    arms = [checks.compose(overrides) for overrides in checks.combinations(multirun=True)]
-    more = []
-    if any(arm.get("run") is None for arm in arms):
-        # Hydra's own number of the arm: one override for all of them, and no text of a template before Hydra's
-        more.append("run=" + time.strftime("%Y%m%d-%H%M%S") + "-${hydra:job.num}")
-    if any(arm.get("resume") is None for arm in arms):
-        more.append(RESUME)
-    keys = {o.key_or_group for o in checks.parse(words)}
-    return [*words, *(word for word in more if word.split("=")[0] not in keys)]
+    runs = checks.combinations(multirun=True)
+    # Hydra's own number of the arm: one override for all of them
+    more = {"run": "run=" + time.strftime("%Y%m%d-%H%M%S") + "-${hydra:job.num}", "resume": RESUME}
+    typed = {o.key_or_group for o in checks.parse(words)}
+    return words + [
+        word
+        for key, word in more.items()
+        if key not in typed and any(checks.compose(overrides).get(key) is None for overrides in runs)
+    ]
 
 
 def prepare(module: ModuleType, words: list[str], checks: Overrides, *, multirun: bool) -> list[str]:
@@ -75,7 +73,7 @@ def prepare(module: ModuleType, words: list[str], checks: Overrides, *, multirun
     if not multirun:
         raise UserError("hydra/launcher=slurm submits sweeps: add -m, which takes a single run as well")
     check_of(module)
-    plugin()
+    register()
     return named(words, checks)
 
 
@@ -159,6 +157,10 @@ def shape_of(configs: Sequence[Mapping[str, Any]], asked: Request) -> Shape:
 def _check_places(configs: Sequence[Mapping[str, Any]], new: bool) -> None:
     places: dict[Path, int] = {}
     for number, config in enumerate(configs):
+        if config["run"] is None:
+            raise ValueError(
+                "run=null: a job that runs again has to find its run; leave run= out, or name it"
+            )
         place = run_folder(config)
         if place in places:
             raise ValueError(

@@ -105,6 +105,7 @@ def test_devices_are_those_of_the_nodes(train: Train, tmp_path: Path) -> None:
     [
         (["hydra/launcher=slurm", "seed=0"], "add -m"),
         (["-m", "hydra/launcher=slurm", "seed=0,1", "run=x"], "runs 0 and 1 would both be outputs/train/x"),
+        (["-m", "hydra/launcher=slurm", "seed=0,1", "run=null"], "run=null"),
         (["-m", "hydra/launcher=slurm", "trainer.devices=1,2"], "run 1 2|jobs of an array are alike"),
         (["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2"], "trainer.num_nodes=1"),
         (["-m", "hydra/launcher=slurm", "seed=0,1", "resume=outputs/train/x"], "resume=outputs/train/x"),

@@ -8,8 +8,7 @@ Debian: ``apt-get install --no-install-recommends slurm-wlm munge slurm-wlm-basi
 of this process, and on Linux the kernel ends them with it, however it ends. There is no slurmdbd, so ``sacct`` answers
 nothing; ``scontrol`` knows finished jobs for an hour.
 
-Partitions: ``main``, whose jobs are requeued for those of ``high`` after 20 seconds of grace, and ``short``, the same without
-grace.
+Partitions: ``main``, and ``high``, for whose jobs those of ``main`` are requeued after two minutes of grace.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 MinJobAge=3600
 InactiveLimit=0
-KillWait=30
+KillWait=60
 OverTimeLimit=0
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -73,8 +72,7 @@ GresTypes=gpu
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
-PartitionName=short Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 NODE = (
@@ -110,7 +108,7 @@ def _free_ports(count: int) -> list[int]:
         return [held.getsockname()[1] for held in sockets]
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     """Waits for ``condition``; raises TimeoutError that says ``what`` did not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -175,7 +173,7 @@ class Slurm:
     def state(self, name: str) -> str:
         return self.job(name).get("JobState", "UNKNOWN")
 
-    def wait(self, name: str, state: str, seconds: float = 90.0) -> dict[str, str]:
+    def wait(self, name: str, state: str, seconds: float = 300.0) -> dict[str, str]:
         """Until the job is in ``state``; what SLURM then says of it."""
         try:
             until(lambda: self.state(name) == state, f"job {name} in state {state}", seconds)
