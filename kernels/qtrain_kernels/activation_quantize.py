@@ -101,12 +101,8 @@ def _fake(
         h, up, activation, row_qmax, row_stochastic, row_stream, column_qmax, column_stochastic, column_stream,
         seed, step, row_offset,
     )  # fmt: skip
-    T, C = h.shape
-    rows, columns = ((T, C) if row_qmax else (0, 0)), ((C, T) if column_qmax else (0, 0))
-    return (
-        h.new_empty(rows, dtype=torch.int8), h.new_empty(rows[:1], dtype=torch.float32),
-        h.new_empty(columns, dtype=torch.int8), h.new_empty(columns[:1], dtype=torch.float32),
-    )  # fmt: skip
+    row_dtype, column_dtype = (torch.int8 if qmax else None for qmax in (row_qmax, column_qmax))
+    return quantize_rows_columns.outputs(h, row_dtype, column_dtype)
 
 
 Inputs = tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""The Triton kernel of ``norm_quantize``: one program takes BLOCK_R whole rows, as in ``quantize_rows_triton``.
+"""The Triton kernel of ``norm_quantize``: blocks of whole rows (``row_block_triton``).
 
 A row of up to ONE_PASS_COLUMNS stays in registers from its one reading to its codes: sum, sum of squares and maximum are
 reductions of registers. Longer rows are read three times (four by LayerNorm), after the first mostly from L2.
@@ -15,17 +15,8 @@ from torch import Tensor
 from qtrain_kernels import norm_quantize as declaration
 from qtrain_kernels.aot import Build
 from qtrain_kernels.cast_triton import rounded
-from qtrain_kernels.counter_hash_triton import key, row_keys
-from qtrain_kernels.quantize_rows_triton import tile
-from qtrain_kernels.rounding_triton import (
-    FORBIDDEN_PTX,
-    INT8,
-    OPTIONS,
-    codes,
-    inverse_of,
-    magnitude_bits,
-    scale_of,
-)
+from qtrain_kernels.rounding_triton import FORBIDDEN_PTX, INT8, OPTIONS, magnitude_bits
+from qtrain_kernels.row_block_triton import keys_of_rows, rows_of_program, store_codes, store_scales, tile
 
 ONE_PASS_COLUMNS = 16384  # the row in the registers of 16 warps
 
@@ -77,10 +68,7 @@ def _norm_quantize_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row_index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = tl.expand_dims(row_index, 1)  # [BLOCK_R, 1]
-    in_rows = row < R
-    block = tl.expand_dims(tl.arange(0, BLOCK_C), 0).to(tl.int64)  # [1, BLOCK_C]
+    row_index, row, in_rows, block = rows_of_program(R, BLOCK_R, BLOCK_C)
     x_row = x_ptr + row * stride_xr
     codes_row = codes_ptr + row * C
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -118,21 +106,13 @@ def _norm_quantize_kernel(
                 d, tl.expand_dims(rstd, 1), weight_ptr + column, bias_ptr + column, mask, dtype, BIASED
             )
             magnitude = tl.maximum(magnitude, magnitude_bits(y))
-    scale = scale_of(tl.max(magnitude, axis=1), qmax, INT8)  # [BLOCK_R]
-    tl.store(scale_ptr + row_index, scale, mask=row_index < R)
+    inverse = store_scales(scale_ptr, magnitude, row_index, R, qmax, INT8)
     tl.store(rstd_ptr + row_index, rstd, mask=row_index < R)
     if LAYER_NORM:
         tl.store(mean_ptr + row_index, mean, mask=row_index < R)
-    inverse = tl.expand_dims(inverse_of(scale), 1)
-    finite = inverse > 0.0
-    if STOCHASTIC:
-        k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
-        r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
-    else:
-        r0, r1 = 0, 0
+    r0, r1 = keys_of_rows(seed_ptr, step_ptr, row_offset_ptr, stream, row, STOCHASTIC)
     if ONE_PASS:
-        code = tl.where(finite, codes(y, inverse, block, r0, r1, qmax, INT8, STOCHASTIC), 0)
-        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
+        store_codes(codes_row + block, y, inverse, block, r0, r1, qmax, mask, INT8, STOCHASTIC)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
@@ -141,8 +121,7 @@ def _norm_quantize_kernel(
             y = _normalized(
                 d, tl.expand_dims(rstd, 1), weight_ptr + column, bias_ptr + column, mask, dtype, BIASED
             )
-            code = tl.where(finite, codes(y, inverse, column, r0, r1, qmax, INT8, STOCHASTIC), 0)
-            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
+            store_codes(codes_row + column, y, inverse, column, r0, r1, qmax, mask, INT8, STOCHASTIC)
 
 
 def launch(

@@ -74,18 +74,10 @@ def reference(
         x, row_format, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_format, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
-    rows = x.to(torch.float32)
-    columns = rows if column_fold is None else rows * column_fold[:, None]
-    rows = rows if row_fold is None else rows * row_fold
-    noise = (seed, step, row_offset)
-    row_noise = integers._noise(x.shape, row_stream, *noise) if row_stochastic and row_format else None
-    column_noise = (
-        integers._noise(x.shape, column_stream, *noise).t() if column_stochastic and column_format else None
-    )
-    return (
-        *_quantized(rows, row_format, row_per_tensor, row_noise),
-        *_quantized(columns.t(), column_format, column_per_tensor, column_noise),
-    )
+    return integers.copies(
+        _quantized, x, row_format, row_stochastic, row_per_tensor, row_stream, row_fold,
+        column_format, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
+    )  # fmt: skip
 
 
 def _quantized(
@@ -119,13 +111,8 @@ def _fake(
         x, row_format, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_format, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
-    R, C = x.shape
-    rows, columns = ((R, C) if row_format else (0, 0)), ((C, R) if column_format else (0, 0))
-    row_dtype, column_dtype = (FORMATS[name or "e4m3"].dtype for name in (row_format, column_format))
-    return (
-        x.new_empty(rows, dtype=row_dtype), x.new_empty(rows[:1], dtype=torch.float32),
-        x.new_empty(columns, dtype=column_dtype), x.new_empty(columns[:1], dtype=torch.float32),
-    )  # fmt: skip
+    row_dtype, column_dtype = (FORMATS[f].dtype if f else None for f in (row_format, column_format))
+    return integers.outputs(x, row_dtype, column_dtype, none=torch.float8_e4m3fn)
 
 
 Inputs = tuple[Any, ...]

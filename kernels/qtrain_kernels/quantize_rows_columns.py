@@ -57,16 +57,29 @@ def reference(
         x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
+    return copies(
+        _quantized, x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
+        column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
+    )  # fmt: skip
+
+
+def copies(
+    quantized: Callable[[Tensor, Any, bool, Tensor | None], tuple[Tensor, Tensor]], x: Tensor,
+    row_kind: Any, row_stochastic: bool, row_per_tensor: bool, row_stream: int, row_fold: Tensor | None,
+    column_kind: Any, column_stochastic: bool, column_per_tensor: bool, column_stream: int, column_fold: Tensor | None,
+    seed: Tensor, step: Tensor, row_offset: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both copies, each as ``quantized(y, kind, per_tensor, noise)`` makes it; a kind that is false is no copy."""
     rows = x.to(torch.float32)
     columns = rows if column_fold is None else rows * column_fold[:, None]
     rows = rows if row_fold is None else rows * row_fold
     noise = (seed, step, row_offset)
-    row_noise = _noise(x.shape, row_stream, *noise) if row_stochastic and row_qmax else None
-    column_noise = _noise(x.shape, column_stream, *noise) if column_stochastic and column_qmax else None
+    row_noise = _noise(x.shape, row_stream, *noise) if row_stochastic and row_kind else None
+    column_noise = _noise(x.shape, column_stream, *noise).t() if column_stochastic and column_kind else None
     return (
-        *_quantized(rows, row_qmax, row_per_tensor, row_noise),
-        *_quantized(columns.t(), column_qmax, column_per_tensor, None if column_noise is None else column_noise.t()),
-    )  # fmt: skip
+        *quantized(rows, row_kind, row_per_tensor, row_noise),
+        *quantized(columns.t(), column_kind, column_per_tensor, column_noise),
+    )
 
 
 def _noise(shape: torch.Size, stream: int, seed: Tensor, step: Tensor, row_offset: Tensor) -> Tensor:
@@ -97,11 +110,18 @@ def _fake(
         x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
+    return outputs(x, torch.int8 if row_qmax else None, torch.int8 if column_qmax else None)
+
+
+def outputs(
+    x: Tensor, row_dtype: torch.dtype | None, column_dtype: torch.dtype | None, none: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where both copies will be; a dtype of None, no such copy, gives codes [0, 0] of dtype ``none`` and scales [0]."""
     R, C = x.shape
-    rows, columns = ((R, C) if row_qmax else (0, 0)), ((C, R) if column_qmax else (0, 0))
+    rows, columns = ((0, 0) if row_dtype is None else (R, C)), ((0, 0) if column_dtype is None else (C, R))
     return (
-        x.new_empty(rows, dtype=torch.int8), x.new_empty(rows[:1], dtype=torch.float32),
-        x.new_empty(columns, dtype=torch.int8), x.new_empty(columns[:1], dtype=torch.float32),
+        x.new_empty(rows, dtype=row_dtype or none), x.new_empty(rows[:1], dtype=torch.float32),
+        x.new_empty(columns, dtype=column_dtype or none), x.new_empty(columns[:1], dtype=torch.float32),
     )  # fmt: skip
 
 

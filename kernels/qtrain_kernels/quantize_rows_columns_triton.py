@@ -19,11 +19,12 @@ Between them lies one ``scratch`` of int32, so that a launch has few arguments a
     1 / scale of rows [R] | of columns [C] | keys r0, r1 of the rows' codes [2, R] | of the columns' [2, R]
     | maxima of rows [tiles across, R] | of columns [chunks down, C]
 
-``quantize_fp8_rows_columns`` runs the same kernels with other codes.
+``quantize_fp8_rows_columns`` runs the same kernels with other codes, ``activation_quantize`` on f(x) in the place of x.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from qtrain_kernels import quantize_rows_columns as declaration
 from qtrain_kernels import quantize_rows_triton
+from qtrain_kernels.activation_triton import load
 from qtrain_kernels.aot import Build
 from qtrain_kernels.counter_hash_triton import key, row_keys
 from qtrain_kernels.rounding_triton import (
@@ -51,7 +53,6 @@ NONE, EACH, TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # A row of a tile of the first kernel is half a warp's, 16 bytes a lane; a program's chunk is 256 rows.
 MAXIMA_TILE = {"BLOCK_R": 32, "BLOCK_C": 128, "STEPS": 8, "num_warps": 4}
 SCALES_TILE = {"BLOCK": 64, "SPLIT": 16, "num_warps": 4}
-SCALES_BLOCK = 256
 CODES_TILE = {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4}
 
 
@@ -73,6 +74,7 @@ def _magnitude(x, fold_ptr, start, index, left, mask, FOLDED: tl.constexpr):
 @triton.jit
 def _maxima_kernel(
     x_ptr,
+    up_ptr,
     row_fold_ptr,
     column_fold_ptr,
     scratch_ptr,
@@ -85,6 +87,7 @@ def _maxima_kernel(
     COLUMNS: tl.constexpr,
     ROWS_FOLDED: tl.constexpr,
     COLUMNS_FOLDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -105,7 +108,7 @@ def _maxima_kernel(
         start_r = (chunk * STEPS + step) * BLOCK_R
         rows = _within(R, start_r, BLOCK_R)
         mask = (row < rows) & (column < columns)
-        x = tl.load(x_ptr + (start_r * stride_xr + start_c * stride_xc) + offsets, mask=mask, other=0.0)
+        x = load(x_ptr, up_ptr, start_r * stride_xr + start_c * stride_xc, offsets, mask, ACTIVATION)
         x = x.to(tl.float32)
         if COLUMNS != NONE:
             magnitude = _magnitude(x, column_fold_ptr, start_r, row, rows, mask, COLUMNS_FOLDED)
@@ -198,51 +201,6 @@ def _gather_kernel(
 
 
 @triton.jit
-def _scales_of_maxima(
-    amax_ptr, inverse_ptr, scale_ptr, index, size, qmax, KIND: tl.constexpr, FORMAT: tl.constexpr
-):
-    amax = tl.load(amax_ptr + (index * 0 if KIND == TENSOR else index), mask=index < size, other=0)
-    scale = scale_of(amax, qmax, FORMAT)
-    tl.store(scale_ptr + index, scale, mask=index < size)
-    tl.store(inverse_ptr + index, inverse_of(scale), mask=index < size)
-
-
-@triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
-def _scales_kernel(
-    row_amax_ptr,
-    column_amax_ptr,
-    row_inverse_ptr,
-    column_inverse_ptr,
-    row_scale_ptr,
-    column_scale_ptr,
-    R,
-    C,
-    row_qmax,
-    column_qmax,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROW_FORMAT: tl.constexpr,
-    COLUMN_FORMAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Scales and inverses of maxima [R] and [C] that are complete: those of ``activation_quantize``."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if ROWS != NONE:
-        _scales_of_maxima(row_amax_ptr, row_inverse_ptr, row_scale_ptr, index, R, row_qmax, ROWS, ROW_FORMAT)
-    if COLUMNS != NONE:
-        _scales_of_maxima(
-            column_amax_ptr,
-            column_inverse_ptr,
-            column_scale_ptr,
-            index,
-            C,
-            column_qmax,
-            COLUMNS,
-            COLUMN_FORMAT,
-        )
-
-
-@triton.jit
 def _row_words(scratch_ptr, row, in_rows):
     return tl.load(scratch_ptr + row, mask=in_rows, other=0).to(tl.uint32, bitcast=True)
 
@@ -284,6 +242,7 @@ def _quantize_tile(
 @triton.jit(do_not_specialize=["row_qmax", "column_qmax"])
 def _codes_kernel(
     x_ptr,
+    up_ptr,
     row_fold_ptr,
     column_fold_ptr,
     scratch_ptr,
@@ -304,6 +263,7 @@ def _codes_kernel(
     COLUMNS_STOCHASTIC: tl.constexpr,
     ROWS_FOLDED: tl.constexpr,
     COLUMNS_FOLDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WORDS: tl.constexpr,
     WHOLE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -324,13 +284,13 @@ def _codes_kernel(
         in1, in2, in3 = in0, in0, in0
     else:
         in_columns, in0, in1, in2, in3 = column < columns, row0 < rows, row1 < rows, row2 < rows, row3 < rows
-    tile_ptr = x_ptr + start_r * stride_xr + start_c * stride_xc
+    tile = start_r * stride_xr + start_c * stride_xc
     x_column = column.to(INDEX) * stride_xc
     # All four before the first store, which they could not pass
-    x0 = tl.load(tile_ptr + (row0.to(INDEX) * stride_xr + x_column), mask=in0 & in_columns, other=0.0)
-    x1 = tl.load(tile_ptr + (row1.to(INDEX) * stride_xr + x_column), mask=in1 & in_columns, other=0.0)
-    x2 = tl.load(tile_ptr + (row2.to(INDEX) * stride_xr + x_column), mask=in2 & in_columns, other=0.0)
-    x3 = tl.load(tile_ptr + (row3.to(INDEX) * stride_xr + x_column), mask=in3 & in_columns, other=0.0)
+    x0 = load(x_ptr, up_ptr, tile, row0.to(INDEX) * stride_xr + x_column, in0 & in_columns, ACTIVATION)
+    x1 = load(x_ptr, up_ptr, tile, row1.to(INDEX) * stride_xr + x_column, in1 & in_columns, ACTIVATION)
+    x2 = load(x_ptr, up_ptr, tile, row2.to(INDEX) * stride_xr + x_column, in2 & in_columns, ACTIVATION)
+    x3 = load(x_ptr, up_ptr, tile, row3.to(INDEX) * stride_xr + x_column, in3 & in_columns, ACTIVATION)
     row_codes_ptr += start_r * C + start_c
     if ROWS_FOLDED:
         row_fold_ptr += start_c
@@ -419,8 +379,11 @@ def launch(
 def quantize(
     x: Tensor, rows: Side, columns: Side, counters: tuple[Tensor, Tensor, Tensor], outputs: Outputs,
     maxima_tile: dict[str, int] = MAXIMA_TILE, codes_tile: dict[str, int] = CODES_TILE,
+    activation: str = "", up: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write both copies into ``outputs``, whose codes are of any dtype of one byte. The arguments are not checked."""
+    """Write both copies into ``outputs``, whose codes are of any dtype of one byte. The arguments are not checked.
+
+    activation: of f, where f(x), or f(x) * up, is quantized in the place of x, rows alone excepted; up has x's strides."""
     row_codes, row_scale, column_codes, column_scale = (
         t.view(torch.int8) if t.element_size() == 1 else t for t in outputs
     )
@@ -432,6 +395,7 @@ def quantize(
         return
     if not columns.kind and rows.kind != TENSOR.value:
         if rows.kind:
+            assert not activation
             quantize_rows_triton.quantize(
                 x, row_fold, row_codes, row_scale, rows.qmax, rows.number_format, rows.stochastic,
                 *counters[:2], rows.stream, counters[2],
@@ -440,7 +404,11 @@ def quantize(
     sides = {"ROWS": rows.kind, "COLUMNS": columns.kind}
     codes = {"ROW_FORMAT": rows.number_format, "COLUMN_FORMAT": columns.number_format}
     codes |= {"ROWS_STOCHASTIC": rows.stochastic, "COLUMNS_STOCHASTIC": columns.stochastic}
-    folded = {"ROWS_FOLDED": row_fold is not None, "COLUMNS_FOLDED": column_fold is not None}
+    read = {
+        "ROWS_FOLDED": row_fold is not None,
+        "COLUMNS_FOLDED": column_fold is not None,
+        "ACTIVATION": activation,
+    }
     chunk_r, chunk_c = maxima_tile["BLOCK_R"] * maxima_tile["STEPS"], maxima_tile["BLOCK_C"]
     chunks, tiles = triton.cdiv(R, chunk_r), triton.cdiv(C, chunk_c)
     scratch = torch.empty(5 * R + C + tiles * R + chunks * C, dtype=torch.int32, device=x.device)
@@ -448,8 +416,8 @@ def quantize(
     tensor_amax = torch.zeros(2, dtype=torch.int32, device=x.device) if per_tensor else None
     shape = (R, C, x.stride(0), x.stride(1))
     _maxima_kernel[(chunks * tiles,)](
-        x, row_fold, column_fold, scratch, tensor_amax, *shape,
-        **sides, **folded, INDEX=_index(x, maxima_tile), **maxima_tile, **OPTIONS,
+        x, up, row_fold, column_fold, scratch, tensor_amax, *shape,
+        **sides, **read, INDEX=_index(x, maxima_tile), **maxima_tile, **OPTIONS,
     )  # fmt: skip
     _gather_kernel[(triton.cdiv(max(R, C), SCALES_TILE["BLOCK"]),)](
         scratch, tensor_amax, row_scale, column_scale, *counters, R, C, rows.qmax, columns.qmax, rows.stream, columns.stream,
@@ -458,9 +426,9 @@ def quantize(
     words = bool(columns.kind) and R % 4 == 0
     BLOCK_R, BLOCK_C = codes_tile["BLOCK_R"], codes_tile["BLOCK_C"]
     _codes_kernel[(triton.cdiv(R, BLOCK_R) * triton.cdiv(C, BLOCK_C),)](
-        x, row_fold, column_fold, scratch, row_codes, column_codes.view(torch.int32) if words else column_codes,
+        x, up, row_fold, column_fold, scratch, row_codes, column_codes.view(torch.int32) if words else column_codes,
         *shape, R // 4 if words else R, rows.qmax, columns.qmax, WORDS=words,
-        WHOLE=R % BLOCK_R == 0 and C % BLOCK_C == 0, **sides, **codes, **folded, INDEX=_index(x, codes_tile), **codes_tile,
+        WHOLE=R % BLOCK_R == 0 and C % BLOCK_C == 0, **sides, **codes, **read, INDEX=_index(x, codes_tile), **codes_tile,
         **OPTIONS,
     )  # fmt: skip
 
@@ -476,20 +444,36 @@ def _index(x: Tensor, tile: dict[str, int]) -> Any:
 
 
 def build(
-    name: str, kernel: Any, tile: dict[str, int], contiguous: bool = True, folded: bool = False, **constants: Any
+    name: str, kernel: Any, tile: dict[str, int], contiguous: bool = True, folded: bool = False, gated: bool = False,
+    **constants: Any,
 ) -> Build:  # fmt: skip
     """A specialisation: bfloat16 x, both copies nearest to int8 unless ``constants`` say otherwise."""
-    types = {"x_ptr": "*bf16", "row_codes_ptr": "*i8", "column_codes_ptr": "*i32" if contiguous else "*i8"}
+    types = {
+        "x_ptr": "*bf16",
+        "up_ptr": "*bf16",
+        "row_codes_ptr": "*i8",
+        "column_codes_ptr": "*i32" if contiguous else "*i8",
+    }
     for pointer in ("fold", "scale"):
         types |= {f"row_{pointer}_ptr": "*fp32", f"column_{pointer}_ptr": "*fp32"}
     types["scratch_ptr"] = "*i32"
     types |= dict.fromkeys(("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64")
     sizes = ("R", "C", "stride_xr", "stride_xc", "column_stride")
     types |= dict.fromkeys((*sizes, "row_qmax", "column_qmax", "row_stream", "column_stream"), "i32")
-    aligned = ("x_ptr", "row_codes_ptr", "column_codes_ptr", "R", "C", "stride_xr", "column_stride")
+    aligned = (
+        "x_ptr",
+        *(("up_ptr",) if gated else ()),
+        "row_codes_ptr",
+        "column_codes_ptr",
+        "R",
+        "C",
+        "stride_xr",
+        "column_stride",
+    )
     both = {"ROWS": 1, "COLUMNS": 1, "ROW_FORMAT": INT8.value, "COLUMN_FORMAT": INT8.value}
     both |= {"ROWS_STOCHASTIC": False, "COLUMNS_STOCHASTIC": False}
     both |= {"ROWS_FOLDED": folded, "COLUMNS_FOLDED": folded, "WORDS": contiguous, "WHOLE": contiguous}
+    both |= {"ACTIVATION": ""} | ({} if gated else {"up_ptr": None})
     constants = {**both, "INDEX": tl.int32 if contiguous else tl.int64, **tile, **constants}
     constants |= {"tensor_ptr": None, "CHUNK_R": 256, "CHUNK_C": 256}
     constants |= {} if folded else {"row_fold_ptr": None, "column_fold_ptr": None}
@@ -504,6 +488,22 @@ def build(
         forbidden_ptx=FORBIDDEN_PTX,
         max_registers=128 if contiguous else 254,  # 64-bit addresses element by element
     )
+
+
+def activation_builds(activation: str, gated: bool, **constants: Any) -> list[Build]:
+    """The two kernels that read, with f(x) or f(x) * up in the place of x. f may use fma and fast division."""
+    form = f"{activation}{', gated' if gated else ''}"
+    form += ", stochastic" if constants.get("ROWS_STOCHASTIC") else ""
+    return [
+        replace(
+            build(f"{name}, {form}", kernel, tile, gated=gated, ACTIVATION=activation, **constants),
+            forbidden_ptx=(),
+        )
+        for name, kernel, tile in (
+            ("maxima", _maxima_kernel, MAXIMA_TILE),
+            ("codes", _codes_kernel, CODES_TILE),
+        )
+    ]
 
 
 def builds() -> list[Build]:

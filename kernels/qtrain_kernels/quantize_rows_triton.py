@@ -1,7 +1,6 @@
-"""The Triton kernel of ``quantize_rows``: one program takes BLOCK_R whole rows.
+"""The Triton kernel of ``quantize_rows``: blocks of whole rows (``row_block_triton``); what is read twice comes mostly from L2.
 
-Rows that fit one block stay in registers between the maximum and the codes; longer rows are read twice, the
-second time mostly from L2. What makes it bit-equal to the reference on every input is in ``rounding_triton``.
+What makes it bit-equal to the reference on every input is in ``rounding_triton``.
 """
 
 from __future__ import annotations
@@ -13,22 +12,10 @@ from torch import Tensor
 
 from qtrain_kernels import quantize_rows as declaration
 from qtrain_kernels.aot import Build
-from qtrain_kernels.counter_hash_triton import key, row_keys
-from qtrain_kernels.rounding_triton import (
-    FORBIDDEN_PTX,
-    INT8,
-    OPTIONS,
-    codes,
-    inverse_of,
-    magnitude_bits,
-    scale_of,
-)
+from qtrain_kernels.rounding_triton import FORBIDDEN_PTX, INT8, OPTIONS, magnitude_bits
+from qtrain_kernels.row_block_triton import keys_of_rows, rows_of_program, store_codes, store_scales, tile
 
-# 32 elements a thread: enough independent loads in flight, and the row of one pass fits the registers.
-ELEMENTS_PER_WARP = 32 * 32
 ONE_PASS_COLUMNS = 8192
-LOOP_COLUMNS = 4096
-SHORT_TILE = 4096
 
 
 @triton.jit
@@ -61,10 +48,7 @@ def _quantize_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row_index = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = tl.expand_dims(row_index, 1)  # [BLOCK_R, 1]
-    in_rows = row < R
-    block = tl.expand_dims(tl.arange(0, BLOCK_C), 0).to(tl.int64)  # [1, BLOCK_C]
+    row_index, row, in_rows, block = rows_of_program(R, BLOCK_R, BLOCK_C)
     x_row = x_ptr + row * stride_xr
     codes_row = codes_ptr + row * C
 
@@ -79,35 +63,17 @@ def _quantize_rows_kernel(
             mask = in_rows & (column < C)
             x = _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED)
             magnitude = tl.maximum(magnitude, magnitude_bits(x))
-    scale = scale_of(tl.max(magnitude, axis=1), qmax, FORMAT)  # [BLOCK_R]
-    tl.store(scale_ptr + row_index, scale, mask=row_index < R)
-    inverse = tl.expand_dims(inverse_of(scale), 1)
-    finite = inverse > 0.0
+    inverse = store_scales(scale_ptr, magnitude, row_index, R, qmax, FORMAT)
 
-    if STOCHASTIC:
-        k0, k1 = key(tl.load(seed_ptr), tl.load(step_ptr), stream)
-        r0, r1 = row_keys(row + tl.load(row_offset_ptr), k0, k1)
-    else:
-        r0, r1 = 0, 0
+    r0, r1 = keys_of_rows(seed_ptr, step_ptr, row_offset_ptr, stream, row, STOCHASTIC)
     if ONE_PASS:
-        code = tl.where(finite, codes(x, inverse, block, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
-        tl.store(codes_row + block, code.to(tl.int8), mask=mask)
+        store_codes(codes_row + block, x, inverse, block, r0, r1, qmax, mask, FORMAT, STOCHASTIC)
     else:
         for start in range(0, C, BLOCK_C):
             column = start + block
             mask = in_rows & (column < C)
             x = _load(x_row, fold_ptr, column, stride_xc, mask, C, FOLDED)
-            code = tl.where(finite, codes(x, inverse, column, r0, r1, qmax, FORMAT, STOCHASTIC), 0)
-            tl.store(codes_row + column, code.to(tl.int8), mask=mask)
-
-
-def tile(C: int, one_pass_columns: int = ONE_PASS_COLUMNS) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of ``C`` columns, which stay in registers up to ``one_pass_columns``."""
-    one_pass = one_pass_columns >= C
-    BLOCK_C = max(16, triton.next_power_of_2(C)) if one_pass else LOOP_COLUMNS
-    BLOCK_R = max(1, SHORT_TILE // BLOCK_C)
-    num_warps = BLOCK_R * BLOCK_C // ELEMENTS_PER_WARP
-    return {"ONE_PASS": one_pass, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "num_warps": num_warps}
+            store_codes(codes_row + column, x, inverse, column, r0, r1, qmax, mask, FORMAT, STOCHASTIC)
 
 
 def launch(
@@ -131,7 +97,7 @@ def quantize(
     R, C = x.shape
     if R == 0:
         return
-    block = tile(C)
+    block = tile(C, ONE_PASS_COLUMNS)
     _quantize_rows_kernel[(triton.cdiv(R, int(block["BLOCK_R"])),)](
         x, fold, codes, scale, seed, step, row_offset, R, C, x.stride(0), x.stride(1), qmax, stream,
         FORMAT=number_format, STOCHASTIC=stochastic, FOLDED=fold is not None, **block, **OPTIONS,
@@ -144,7 +110,7 @@ def builds() -> list[Build]:
     def build(
         name: str, C: int, stochastic: bool, dtype: str = "*bf16", contiguous: bool = True, number_format: int = INT8.value
     ) -> Build:  # fmt: skip
-        block = tile(C)
+        block = tile(C, ONE_PASS_COLUMNS)
         options = {"num_warps": block.pop("num_warps"), **OPTIONS}
         types = {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
         types |= dict.fromkeys(("seed_ptr", "step_ptr", "row_offset_ptr"), "*i64")

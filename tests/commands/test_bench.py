@@ -193,13 +193,19 @@ def test_excluded_layers_stay_as_they_are() -> None:
     assert "forward" not in vars(model["lm_head"])
 
 
+def watched_models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models whose gradients the arms reset, as they do: each of them last when its step has run."""
+    models: list[nn.Module] = []
+    zero = nn.Module.zero_grad
+    monkeypatch.setattr(nn.Module, "zero_grad", lambda self, **k: models.append(self) or zero(self, **k))
+    return models
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_every_eager_arm_has_gradients_of_its_own(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """recipe_compiled runs here without the compiler: the same function, not the same speed."""
     monkeypatch.setattr(torch, "compile", lambda f, **k: f)
-    models: list[nn.Module] = []
-    zero = nn.Module.zero_grad
-    monkeypatch.setattr(nn.Module, "zero_grad", lambda self, **k: models.append(self) or zero(self, **k))
+    models = watched_models(monkeypatch)
     gradients = {}
     for arm in bench.ARMS:
         bench.build_arm(arm, config(precision=precision), "cpu")(0)
@@ -228,12 +234,17 @@ def test_commit_of_this_checkout() -> None:
 
 @pytest.mark.inductor
 @pytest.mark.slow
-def test_compiled_arms_run() -> None:
+def test_compiled_arms_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if bench._compiler() is None:
         pytest.skip("no C++ compiler")
     bench.check(config(arms=["unquantized_compiled", "recipe_compiled"]))
+    models = watched_models(monkeypatch)
+    gradients = []
     for arm in ("unquantized_compiled", "recipe_compiled"):
         bench.build_arm(arm, config(), "cpu")(0)
+        gradients.append(torch.cat([p.grad.flatten() for p in models[-1].parameters()]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-3 < error < 0.1  # as above
 
 
 def test_train_times_native_beside_bf16_and_fp32_with_the_roof(tmp_path: Path, capsys, monkeypatch) -> None:

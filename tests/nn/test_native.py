@@ -118,6 +118,21 @@ def test_bf16_autocast_follows_the_equations(name: str, incoming: torch.dtype) -
     assert_follows(name, layer.recipe, layer, x, seen, "bf16")
 
 
+@pytest.mark.parametrize("name", ["int8_reused", "requantized", "fp8_row"])
+def test_the_gradient_of_a_bfloat16_weight_is_rounded_once(name: str) -> None:
+    """dW leaves its GEMM in the weight's dtype: float32's, rounded, and nothing else."""
+    x, found = hostile(15, 37).bfloat16(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = layer_of(name, 37, 23)
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.bfloat16())  # so that both quantize the same numbers
+        layer.to(dtype)
+        found.append(step(layer, x.to(dtype), autocast=True)["dW"])
+    assert found[1].dtype == torch.bfloat16
+    assert torch.equal(found[1], found[0].bfloat16())
+    assert not torch.equal(found[1].float(), found[0])
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_native_lies_nearer_to_the_equations_than_a_rounding(name: str) -> None:
     """One rounding to bfloat16 of exact sums, 2^-8 of the value, where all GEMMs run on codes: half of what
