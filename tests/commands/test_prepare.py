@@ -137,3 +137,17 @@ def test_tasks_that_cannot_be_done_are_refused(corpus, capsys, more, message):
     code, _, err = prepared(capsys, corpus, *more)
     assert code == 2
     assert message in err
+
+
+def test_parts_are_uploaded_by_whoever_merges_them(corpus, capsys, bucket):
+    folder = f"data.folder={bucket}/corpora"
+    for part in range(2):
+        assert prepared(capsys, corpus, folder, "stage=scan", f"part={part}", "parts=2")[0] == 0
+    assert (
+        "stage encode of part 0 is done"
+        in prepared(capsys, corpus, folder, "stage=encode", "part=0", "parts=2")[1]
+    )
+    code, out, _ = prepared(capsys, corpus, folder, "stage=encode", "part=1", "parts=2")
+    assert code == 0
+    assert out.startswith(f"{bucket}/corpora/jsonl-byte-")
+    assert prepared(capsys, corpus, folder)[1] == out
