@@ -90,14 +90,27 @@ def _quantized(y: Tensor, qmax: int, per_tensor: bool, noise: Tensor | None) -> 
     if not qmax:
         return y.new_empty((0, 0), dtype=torch.int8), y.new_empty((0,))
     amax = y.abs().amax(dim=1) if y.shape[1] else y.new_zeros(y.shape[0])
+    scale = scale_of(amax, qmax, per_tensor)
+    codes = codes_of(y * scale.reciprocal()[:, None], qmax, noise)
+    return codes.to(torch.int8, memory_format=torch.contiguous_format), scale
+
+
+def scale_of(amax: Tensor, qmax: int, per_tensor: bool) -> Tensor:
+    """Of the largest magnitudes of rows."""
     if per_tensor and amax.numel():
         amax = amax.amax().expand(amax.shape)
-    scale = (amax / torch.full_like(amax, qmax)).clamp(min=MIN_SCALE)
-    v = y * scale.reciprocal()[:, None]
-    v = torch.where(v.isnan(), 0.0, v)
-    v = v.round() if noise is None else v.floor() + (noise < v - v.floor())
-    codes = v.clamp(-qmax - 1, qmax).to(torch.int8, memory_format=torch.contiguous_format)
-    return codes, scale.contiguous()
+    return (amax / torch.full_like(amax, qmax)).clamp(min=MIN_SCALE).contiguous()
+
+
+def codes_of(v: Tensor, qmax: int, noise: Tensor | None) -> Tensor:
+    """Whole numbers of v = y / scale, which is overwritten."""
+    v.masked_fill_(v.isnan(), 0.0)
+    if noise is None:
+        v.round_()
+    else:
+        floor = v.floor()
+        v = floor.add_(noise < v.sub_(floor))
+    return v.clamp_(-qmax - 1, qmax)
 
 
 def _fake(

@@ -268,7 +268,7 @@ def cpu_kernels_line() -> Line:
     return Line(
         "note",
         "int8 kernels",
-        f"torch's alone ({chosen.reason}); compute=auto simulates, compute=native is slow",
+        f"torch's alone ({chosen.reason}): compute=native quantizes by torch's operations; compute=auto measures",
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from qtrain_kernels import contract, cpu_tier
+from qtrain_kernels import contract, cpu_tier, int8_scaled_mm_cpu
 from qtrain_kernels import int8_scaled_mm as declaration
 from qtrain_kernels.int8_scaled_mm import MAX_K, int8_scaled_mm
 from torch import Tensor
@@ -57,6 +57,13 @@ def test_every_tier_gives_the_bits_of_the_reference(tier: cpu_tier.Tier, threads
         assert contract.failures(int8_scaled_mm, implementation=kernel) == []
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["torch", *(name for name in TIERS if name == "avx2")])
+def test_torch_s_chunks_give_the_bits_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_scaled_mm_cpu, "SUMS_BYTES", 1000)
+    kernel = functools.partial(int8_scaled_mm.kernel("cpu"), on=cpu_tier._tier(name))
+    assert contract.failures(int8_scaled_mm, implementation=kernel) == []
 
 
 def test_two_callers_at_once(tier: cpu_tier.Tier) -> None:

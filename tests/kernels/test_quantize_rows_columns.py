@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qtrain_kernels import contract, cpu_tier, quantize_rows
+from qtrain_kernels import contract, cpu_tier, quantize_rows, quantize_rows_columns_cpu
 from qtrain_kernels import quantize_rows_columns as declaration
 from qtrain_kernels.quantize_rows_columns import quantize_rows_columns
 from torch import Tensor
@@ -78,6 +78,13 @@ def test_every_tier_gives_the_bits_of_the_reference(name: str, threads: int) -> 
         assert contract.failures(quantize_rows_columns, implementation=kernel) == []
     finally:
         torch.set_num_threads(before)
+
+
+def test_torch_s_chunks_give_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maxima over all of them, and the random bits of their own rows."""
+    monkeypatch.setattr(quantize_rows_columns_cpu, "CHUNK", 300)
+    kernel = functools.partial(quantize_rows_columns.kernel("cpu"), on=cpu_tier._tier("torch"))
+    assert contract.failures(quantize_rows_columns, implementation=kernel) == []
 
 
 @pytest.mark.parametrize("case", list(quantize_rows.quantize_rows.cases))
