@@ -32,6 +32,7 @@ SHAPES = {"inner.odd": (7, 33), "inner.few": (3, 200), "bias": (5,), "deep": (6,
 STEPS = 3
 SPECS = ["int8_group128", "int4_row", "int8_group128_sr", "mxfp8"]
 LONG, LONG_STEPS = "int4_row", 20
+DESCENT_STEPS, DESCENT_LR = 100, 0.05
 
 
 class Linear(nn.Module):
@@ -151,6 +152,26 @@ def of_reduction(strategy: str) -> dict[str, Any]:
     return found
 
 
+def of_descent(feedback: str | None) -> dict[str, float]:
+    """SGD on the mean over processes of |w - t_r|^2 / 2, whose gradients do not vanish one by one at the optimum: how far
+    from it, of the way from the start, each matrix ends."""
+    case, rank, world = (
+        Setup("ddp", reduce_gradients="int4_row", error_feedback=feedback),
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
+    held = [gradients(0, r, alike=True) for r in range(world)]
+    optimum = {name: sum(t[name] for t in held) / world for name in SHAPES}
+    parameters = dict(case.model.named_parameters())
+    begun = {name: float((p.detach() - optimum[name]).norm()) for name, p in parameters.items()}
+    for s in range(DESCENT_STEPS):
+        reduced = case.step(s, {name: p.detach() - held[rank][name] for name, p in parameters.items()})
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p -= DESCENT_LR * reduced[name]
+    return {name: float((p.detach() - optimum[name]).norm()) / begun[name] for name, p in parameters.items()}
+
+
 def of_non_finite(strategy: str) -> dict[str, Any]:
     case, rank = Setup(strategy, reduce_gradients="int8_group128"), dist.get_rank()
     steps = []
@@ -242,6 +263,7 @@ def run(folder: Path, world: int, rank: int) -> None:
         found[f"{strategy}/resume"] = of_resume(strategy)
     found["gather"] = {spec: of_gather(spec) for spec in ("int8_row", "int8_group128", "int4_group64_sr")}
     found["traffic"] = of_traffic()
+    found["descent"] = {str(feedback): of_descent(feedback) for feedback in ("float32", "bfloat16", None)}
     if world == 4:
         state = torch.load(folder / "2-0.pt")["ddp/resume"]["state"]
         case = Setup("ddp", reduce_gradients="int4_group64_sr")

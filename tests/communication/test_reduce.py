@@ -162,6 +162,17 @@ def test_errors_are_paid_back(seen, world, strategy):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_descent_comes_nearer_with_error_feedback(seen, world):
+    """The negative control: 4 bits that forget their errors stop where the errors of the processes balance."""
+    descent = seen[world][0]["descent"]
+    for name in MATRICES:
+        for feedback in ("float32", "bfloat16"):
+            assert descent[feedback][name] < descent["None"][name] / 3, (name, feedback)
+    # (1 - lr)^T of the way is left where nothing is rounded
+    assert descent["None"]["bias"] == pytest.approx(0.95**100, rel=1e-3)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_non_finite_gradient_reaches_every_process(seen, world, strategy):
     for found in seen[world]:
