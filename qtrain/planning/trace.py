@@ -27,13 +27,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
 from qtrain.quant import ModelRecipe
 
-from .fake_model import AsOnGpu, meta_model, to_fake
+from .fake_model import AsOnGpu, fake_mode, meta_model, to_fake
 from .kept import KeptFor, id_of
 from .operations import Operation, Tracker
 
@@ -246,9 +245,8 @@ def trace_step(
     """A micro-batch of ``sequences`` x ``tokens`` of the ``ModelConfig`` under ``recipe``; dtype: of autocast, float32 for
     none. Raises as ``apply_recipe`` does, and ValueError for a model that does not call its blocks."""
     model, _ = meta_model(config, recipe)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to_fake(model, mode)
-    with mode:
+    with fake_mode():
+        to_fake(model)
         recorder = Recorder(model, dtype, device_type)
         embed, head, call = recorder.outer(sequences, tokens)
         pieces: dict[tuple[Any, ...], tuple[Piece, int]] = {}
