@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
 from qtrain.quant import ModelRecipe
@@ -96,16 +95,11 @@ def compiled_blocks(
             _as_compiled(model)
             recorder = Recorder(model, dtype, "cpu")
             _, _, call = recorder.outer(sequences, tokens)
-            whole = call.args[0] if call.args else call.kwargs["hidden_states"]
-            others = [
-                t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t is not whole
-            ]
-            known = {id_of(t) for t in (*model.parameters(), *model.buffers(), *others)}
+            known = {id_of(t) for t in (*model.parameters(), *model.buffers(), *call.others())}
             for block in recorder.blocks:
                 if (key := signature(block)) in found:
                     continue
-                x = torch.empty_like(whole).requires_grad_()
-                args, kwargs = tree_map(lambda t, x=x: x if t is whole else t, (call.args, call.kwargs))
+                args, kwargs = call.with_hidden(torch.empty_like(call.hidden).requires_grad_())
                 kept = _kept(block, args, kwargs, known, dtype)
                 growing = sum(nbytes for nbytes, elements in kept if elements % sequences == 0)
                 fixed = sum(nbytes for nbytes, elements in kept if elements % sequences)
