@@ -1,5 +1,5 @@
 """Bytes that really leave a process: two of them train on this machine with gloo, and the kernel says what their TCP
-sockets sent (``TCP_INFO``, Linux 4.19 and later)."""
+sockets sent (``TCP_INFO``, Linux 4.1 and later)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import nn
 
 from .trace import token_loss
 
-_BYTES_SENT = (
+_BYTES_ACKED = (
     200  # offset in struct tcp_info (include/uapi/linux/tcp.h): tcpi_bytes_sent, retransmissions included
 )
 PROCESSES = 2
 
 
 def sent_bytes() -> int:
-    """By all TCP sockets of this process since they were opened. Raises RuntimeError where the kernel does not say."""
+    """By all TCP sockets of this process since they were opened, as far as it has arrived. Raises RuntimeError where the kernel does not say."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -39,9 +39,9 @@ def sent_bytes() -> int:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             except OSError:
                 continue
-        if len(info) < _BYTES_SENT + 8:
-            raise RuntimeError("this kernel's TCP_INFO has no bytes_sent: Linux 4.19 or later is needed")
-        total += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
+        if len(info) < _BYTES_ACKED + 8:
+            raise RuntimeError("this kernel's TCP_INFO has no bytes_acked: Linux 4.1 or later is needed")
+        total += struct.unpack_from("=Q", info, _BYTES_ACKED)[0]
     return total
 
 

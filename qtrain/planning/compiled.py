@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
 from qtrain.quant import ModelRecipe
 
-from .fake_model import meta_model, to_fake
+from .fake_model import fake_mode, meta_model, to_fake
 from .kept import id_of
 from .trace import Piece, Recorder, StepTrace, signature
 
@@ -72,36 +70,36 @@ def _kept(
     return list(found.values())
 
 
+def _as_compiled(model: nn.Module) -> None:
+    """What a compiler has otherwise."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            module.shared = None  # a compiler merges what siblings share by itself
+        elif "atten" in type(module).__name__.lower() and isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # type: ignore[assignment]  # the CPU's fused kernel has none; a GPU's keeps a seed
+
+
 def compiled_blocks(
     config: Any, recipe: ModelRecipe, *, tokens: int, dtype: torch.dtype
 ) -> list[CompiledBlock]:
     """Of each kind of block, in the order of ``StepTrace.blocks``. tokens: of a sequence. Seconds a kind. Raises as ``trace_step``
     does."""
     model, _ = meta_model(config, recipe)
-    mode, sequences = FakeTensorMode(allow_non_fake_inputs=True), _batch(model)
-    to_fake(model, mode)
-    for module in model.modules():
-        if isinstance(module, QuantizedLayer):
-            module.shared = None  # a compiler merges what siblings share by itself
-        elif "atten" in type(module).__name__.lower() and isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # type: ignore[assignment]  # the CPU's fused kernel has none; a GPU's keeps a seed
+    sequences = _batch(model)
     tokens = min(tokens, _MOST_TOKENS)
     found: dict[Any, CompiledBlock] = {}
     torch.compiler.reset()
     try:
-        with mode:
+        with fake_mode():
+            to_fake(model)
+            _as_compiled(model)
             recorder = Recorder(model, dtype, "cpu")
             _, _, call = recorder.outer(sequences, tokens)
-            whole = call.args[0] if call.args else call.kwargs["hidden_states"]
-            others = [
-                t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t is not whole
-            ]
-            known = {id_of(t) for t in (*model.parameters(), *model.buffers(), *others)}
+            known = {id_of(t) for t in (*model.parameters(), *model.buffers(), *call.others())}
             for block in recorder.blocks:
                 if (key := signature(block)) in found:
                     continue
-                x = torch.empty_like(whole).requires_grad_()
-                args, kwargs = tree_map(lambda t, x=x: x if t is whole else t, (call.args, call.kwargs))
+                args, kwargs = call.with_hidden(torch.empty_like(call.hidden).requires_grad_())
                 kept = _kept(block, args, kwargs, known, dtype)
                 growing = sum(nbytes for nbytes, elements in kept if elements % sequences == 0)
                 fixed = sum(nbytes for nbytes, elements in kept if elements % sequences)

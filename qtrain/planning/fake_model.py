@@ -7,7 +7,9 @@ has what a GPU's kernels do otherwise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +33,11 @@ def meta_model(config: Any, recipe: ModelRecipe) -> tuple[nn.Module, SurgeryRepo
     return model, apply_recipe(model, recipe, device="meta")
 
 
-def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers of a meta model as fake ones of the CPU, tied ones still tied, in place. Native layers
-    compute whatever kernels this machine has."""
+def to_fake(model: nn.Module) -> None:
+    """Parameters and buffers of a meta model as fake ones of the CPU, tied ones still tied, in place; inside of
+    ``fake_mode``. Native layers compute whatever kernels this machine has."""
     tied = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
-    with mode:
-        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
     first: dict[int, Any] = {}
     for module, key, identity in tied:
         if module._parameters[key] is not None:
@@ -88,3 +89,11 @@ class AsOnGpu(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             kwargs = {**(kwargs or {}), **({"dropout_p": 0.0} if len(args) <= 4 else {})}
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """Tensors that are made in it are fake. Codes that siblings share ask them for addresses, which they have none of."""
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield mode

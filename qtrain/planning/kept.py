@@ -49,6 +49,7 @@ class KeptFor:
         self._known = {id_of(t) for t in (*model.parameters(), *model.buffers())}
 
     def forget(self) -> None:
+        """Begins anew, and holds nothing alive any more."""
         self.bytes, self.storages, self._alive = Counter(), set(), []
 
     def know(self, tensors: Any) -> None:

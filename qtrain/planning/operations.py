@@ -114,6 +114,12 @@ class Tracker(TorchDispatchMode):
     def _died(self, nbytes: int) -> None:
         self.live -= nbytes
 
+    def taken(self) -> tuple[Operation, ...]:
+        """The operations so far; the next ones begin a new list."""
+        found = tuple(self.operations)
+        self.operations.clear()
+        return found
+
     def restart_peak(self) -> None:
         self.peak = self.live
 

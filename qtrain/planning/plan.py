@@ -9,9 +9,7 @@ The model is traced on fake tensors (``trace``), the optimizer asked for its sta
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -215,16 +213,7 @@ def _communication(inputs: Inputs, sharding: Sharding, forward: float, backward:
 def plan_run(inputs: Inputs, name: str, recipe: ModelRecipe) -> RunPlan:
     """Raises ValueError where the recipe cannot run: no native path, a device without its kernels, a transform that
     does not divide a width."""
-    with _quietly():
-        return _plan_run(inputs, name, refused(inputs, recipe))
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Codes that siblings share ask for addresses, which fake tensors have none of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        yield
+    return _plan_run(inputs, name, refused(inputs, recipe))
 
 
 def with_micro_batch(inputs: Inputs, recipe: ModelRecipe) -> Inputs:
@@ -234,9 +223,8 @@ def with_micro_batch(inputs: Inputs, recipe: ModelRecipe) -> Inputs:
         return inputs
     one = dataclasses.replace(inputs, micro_batch_sequences=1)
     most = max(1, min(inputs.batch_sequences // inputs.gpus, INT8_CONTRACTION // inputs.sequence_tokens))
-    with _quietly():
-        at = _Memory(one, refused(one, recipe))
-        largest = largest_micro_batch(lambda n: at.at(n).peak, inputs.usable_bytes, most)
+    at = _Memory(one, refused(one, recipe))
+    largest = largest_micro_batch(lambda n: at.at(n).peak, inputs.usable_bytes, most)
     return dataclasses.replace(inputs, micro_batch_sequences=_divides(inputs, max(1, largest)))
 
 

@@ -9,13 +9,12 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qtrain.nn.surgery import apply_recipe
 from qtrain.quant import ModelRecipe
 
 from .devices import Device
-from .fake_model import to_fake
+from .fake_model import fake_mode, to_fake
 from .operations import Tracker
 from .step_time import seconds_of
 
@@ -57,10 +56,9 @@ def predicted_linear(
         layer = _OneLayer(nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
     if recipe is not None:
         apply_recipe(layer, recipe, device="meta")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to_fake(layer, mode)
     found: Counter[str] = Counter()
-    with mode:
+    with fake_mode():
+        to_fake(layer)
         x = torch.empty(tokens, columns, dtype=torch.bfloat16, requires_grad=True)
         g: Tensor = torch.empty(tokens, rows, dtype=torch.bfloat16)
         with Tracker() as tracker:

@@ -27,13 +27,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qtrain.nn.linear import QuantizedLayer
 from qtrain.quant import ModelRecipe
 
-from .fake_model import AsOnGpu, meta_model, to_fake
+from .fake_model import AsOnGpu, fake_mode, meta_model, to_fake
 from .kept import KeptFor, id_of
 from .operations import Operation, Tracker
 
@@ -86,12 +85,58 @@ class StepTrace:
         return dict(found)
 
 
-@dataclass
-class _Call:
+@dataclass(frozen=True)
+class Call:
     """How a block was called."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states among the arguments."""
+        found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    def others(self) -> list[Tensor]:
+        """Tensors that all blocks share: rotary angles, masks."""
+        return [
+            t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t is not self.hidden
+        ]
+
+    def with_hidden(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs with x in the place of the hidden states."""
+        whole = self.hidden
+        args, kwargs = tree_map(lambda t: x if t is whole else t, (self.args, self.kwargs))
+        return args, kwargs
+
+
+class _StandIn:
+    """In the place of every block: ends what comes before the first one, and begins what comes after the last with a
+    leaf. x: what the first was to read. kept, operations, peak, storages: of what came before. base: bytes alive that are not the head's."""
+
+    call: Call | None = None
+    x: Tensor
+    leaf: Tensor
+
+    def __init__(self, tracker: Tracker, kept: KeptFor) -> None:
+        self.tracker, self.watched = tracker, kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.call is not None:
+            return self.leaf
+        self.call = Call(args, kwargs)
+        self.x, tracker = self.call.hidden, self.tracker
+        self.watched.know(self.x)
+        shared = {id_of(t): _nbytes(t) for t in self.call.others()}
+        self.kept = dict(self.watched.bytes + Counter({"other": sum(shared.values())}))
+        self.storages, self.peak = frozenset(self.watched.storages), tracker.peak
+        self.operations = tracker.taken()
+        self.watched.forget()
+        self.leaf = torch.empty_like(self.x).requires_grad_()
+        self.base = tracker.live - _nbytes(self.x)  # the leaf is the head's input
+        tracker.restart_peak()
+        return self.leaf
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -115,106 +160,79 @@ class Recorder:
             else:
                 yield
 
-    def outer(self, sequences: int, tokens: int) -> tuple[Piece, Piece, _Call]:
+    @contextmanager
+    def _without_blocks(self, stand_in: _StandIn) -> Iterator[None]:
+        own = [block.__dict__.get("forward") for block in self.blocks]
+        for block in self.blocks:
+            block.forward = stand_in  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward  # type: ignore[method-assign]
+
+    def outer(self, sequences: int, tokens: int) -> tuple[Piece, Piece, Call]:
         """embed, head and how the blocks are called."""
-        calls: list[_Call] = []
-        at_blocks: dict[str, Any] = {}
         with Tracker() as tracker:
             kept = KeptFor(self.model, tracker)
-
-            def stand_in(*args: Any, **kwargs: Any) -> Any:
-                x = args[0] if args else kwargs["hidden_states"]
-                if not calls:
-                    calls.append(_Call(args, kwargs))
-                    shared = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not x]
-                    kept.know(x)
-                    at_blocks.update(
-                        x=x,
-                        forward=tracker.operations[:],
-                        peak=tracker.peak,
-                        bytes=Counter(kept.bytes),
-                        storages=kept.storages,
-                    )
-                    at_blocks["bytes"]["other"] += sum(
-                        {id_of(t): t.untyped_storage().nbytes() for t in shared}.values()
-                    )
-                    tracker.operations.clear()
-                    kept.forget()
-                    at_blocks["leaf"] = torch.empty_like(x).requires_grad_()
-                    at_blocks["base"] = tracker.live - _nbytes(x)  # the leaf is the head's input
-                    tracker.restart_peak()
-                return at_blocks["leaf"]
-
-            own = [block.__dict__.get("forward") for block in self.blocks]
-            for block in self.blocks:
-                block.forward = stand_in  # type: ignore[method-assign]
-            try:
-                batch = torch.zeros(sequences, tokens + 1, dtype=torch.int64)
-                tracker.restart_peak()
-                with kept.watching():
-                    with self._autocast():
-                        logits = self.model(batch[:, :-1])
-                    logits = getattr(logits, "logits", logits)
-                    loss = token_loss(logits, batch[:, 1:])
-            finally:
-                for block, forward in zip(self.blocks, own, strict=True):
-                    del block.forward
-                    if forward is not None:
-                        block.forward = forward  # type: ignore[method-assign]
+            blocks = _StandIn(tracker, kept)
+            batch = torch.zeros(sequences, tokens + 1, dtype=torch.int64)
+            tracker.restart_peak()
+            with self._without_blocks(blocks), kept.watching():
+                with self._autocast():
+                    logits = self.model(batch[:, :-1])
+                loss = token_loss(getattr(logits, "logits", logits), batch[:, 1:])
             del logits
-            if not calls:
+            if blocks.call is None:
                 raise ValueError(
                     "the model never called its repeated_blocks(): a plan needs a model whose forward calls them as modules"
                 )
-            x, leaf, base = at_blocks.pop("x"), at_blocks["leaf"], at_blocks["base"]
-            forward, forward_peak = tuple(tracker.operations), tracker.peak - base
-            tracker.operations.clear()
+            forward, forward_peak = tracker.taken(), tracker.peak - blocks.base
             tracker.restart_peak()
             loss.backward()
             gradients = _gradient_bytes(self.model)
             head = Piece(
-                dict(kept.bytes), forward_peak, tracker.peak - base, gradients, _nbytes(leaf), forward,
-                tuple(tracker.operations), frozenset(kept.storages),
+                dict(kept.bytes), forward_peak, tracker.peak - blocks.base, gradients, _nbytes(blocks.leaf), forward,
+                tracker.taken(), frozenset(kept.storages),
             )  # fmt: skip
-            kept._alive.clear()
-            tracker.operations.clear()
+            kept.forget()
+            before, peak, x = tracker.live, 0, blocks.x
             if x.requires_grad:
-                before = tracker.live
                 tracker.restart_peak()
                 x.backward(torch.empty_like(x))
                 peak = tracker.peak - before
-            else:
-                peak = 0
             embed = Piece(
-                dict(at_blocks["bytes"]), at_blocks["peak"], peak, _gradient_bytes(self.model) - gradients, 0,
-                tuple(at_blocks["forward"]), tuple(tracker.operations), frozenset(at_blocks["storages"]),
+                blocks.kept, blocks.peak, peak, _gradient_bytes(self.model) - gradients, 0, blocks.operations, tracker.taken(),
+                blocks.storages,
             )  # fmt: skip
-        return embed, head, calls[0]
+        return embed, head, blocks.call
 
-    def block(self, block: nn.Module, call: _Call) -> Piece:
+    def block(self, block: nn.Module, call: Call) -> Piece:
         """One block, forward and backward."""
-        whole = call.args[0] if call.args else call.kwargs["hidden_states"]
-        x = torch.empty_like(whole).requires_grad_()
-        args, kwargs = tree_map(lambda t: x if t is whole else t, (call.args, call.kwargs))
+        x = torch.empty_like(call.hidden).requires_grad_()
+        args, kwargs = call.with_hidden(x)
         for parameter in self.model.parameters():
             parameter.grad = None
         with Tracker() as tracker:
             kept = KeptFor(self.model, tracker)
-            kept.know([t for t in tree_leaves((args, kwargs)) if t is not x])
+            kept.know(call.others())
             with kept.watching(), self._autocast():
                 y = block(*args, **kwargs)
             y = y[0] if isinstance(y, tuple) else y
             input_bytes = _nbytes(x)
-            forward, forward_peak = tuple(tracker.operations), tracker.peak + input_bytes
-            tracker.operations.clear()
+            forward, forward_peak = tracker.taken(), tracker.peak + input_bytes
+            found, storages = dict(kept.bytes), frozenset(kept.storages)
             g = torch.empty_like(y)
             tracker.restart_peak()
-            kept._alive.clear()
+            kept.forget()
             y.backward(g)
+            backward_peak = tracker.peak + input_bytes - _nbytes(y)
+            gradients = _gradient_bytes(self.model)
             return Piece(
-                dict(kept.bytes), forward_peak, tracker.peak + input_bytes - _nbytes(y), _gradient_bytes(self.model), input_bytes,
-                forward, tuple(tracker.operations), frozenset(kept.storages),
-            )  # fmt: skip
+                found, forward_peak, backward_peak, gradients, input_bytes, forward, tracker.taken(), storages
+            )
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -246,9 +264,8 @@ def trace_step(
     """A micro-batch of ``sequences`` x ``tokens`` of the ``ModelConfig`` under ``recipe``; dtype: of autocast, float32 for
     none. Raises as ``apply_recipe`` does, and ValueError for a model that does not call its blocks."""
     model, _ = meta_model(config, recipe)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    to_fake(model, mode)
-    with mode:
+    with fake_mode():
+        to_fake(model)
         recorder = Recorder(model, dtype, device_type)
         embed, head, call = recorder.outer(sequences, tokens)
         pieces: dict[tuple[Any, ...], tuple[Piece, int]] = {}

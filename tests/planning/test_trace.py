@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -28,13 +27,6 @@ MODELS: dict[str, Any] = {
     ),
     "bitnet": LlamaConfig(vocab_size=70, sequence_tokens=S, layers=2, heads=2, width=32, mlp_width=64, sub_norm=True),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer")
-        yield
 
 
 def traced(config: Any, recipe: ModelRecipe, **more: Any) -> StepTrace:
