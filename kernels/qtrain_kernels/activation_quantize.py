@@ -101,8 +101,7 @@ def _fake(
         h, up, activation, row_qmax, row_stochastic, row_stream, column_qmax, column_stochastic, column_stream,
         seed, step, row_offset,
     )  # fmt: skip
-    row_dtype, column_dtype = (torch.int8 if qmax else None for qmax in (row_qmax, column_qmax))
-    return quantize_rows_columns.outputs(h, row_dtype, column_dtype)
+    return quantize_rows_columns.int8_outputs(h, row_qmax, column_qmax)
 
 
 Inputs = tuple[Any, ...]

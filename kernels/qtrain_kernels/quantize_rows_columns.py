@@ -123,6 +123,11 @@ def _fake(
         x, row_qmax, row_stochastic, row_per_tensor, row_stream, row_fold,
         column_qmax, column_stochastic, column_per_tensor, column_stream, column_fold, seed, step, row_offset,
     )  # fmt: skip
+    return int8_outputs(x, row_qmax, column_qmax)
+
+
+def int8_outputs(x: Tensor, row_qmax: int, column_qmax: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where both copies will be; no such copy where its qmax is 0."""
     return outputs(x, torch.int8 if row_qmax else None, torch.int8 if column_qmax else None)
 
 

@@ -51,7 +51,7 @@ def launch(
     row_fold, column_fold = (None if f is None else f.contiguous() for f in (row_fold, column_fold))
     draws = (row_stochastic and row_qmax) or (column_stochastic and column_qmax)
     counters = [int(counter) for counter in (seed, step, row_offset)] if draws else [0, 0, 0]
-    outputs = declaration.outputs(x, torch.int8 if row_qmax else None, torch.int8 if column_qmax else None)
+    outputs = declaration.int8_outputs(x, row_qmax, column_qmax)
     row_codes, row_scale, column_codes, column_scale = outputs
     status = library.qtrain_quantize_int8(
         ctypes.c_void_p(x.data_ptr()),
@@ -85,7 +85,7 @@ def _by_torch(
     R, C = x.shape
     chunk = max(1, CHUNK // C)
     parts = [slice(first, min(first + chunk, R)) for first in range(0, R, chunk)]
-    row_codes, row_scale, column_codes, column_scale = declaration._outputs(x, row_qmax, column_qmax)
+    row_codes, row_scale, column_codes, column_scale = declaration.int8_outputs(x, row_qmax, column_qmax)
 
     def rows(part: slice) -> Tensor:
         v = x[part].to(torch.float32)

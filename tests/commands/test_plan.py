@@ -78,7 +78,9 @@ def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) ->
 
 
 def test_what_does_not_fit_says_what_to_change(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = planned(tmp_path, "hardware.memory_gib=0.025", "overhead_gib=0", "micro_batch_sequences=16", code=1)
+    found = planned(
+        tmp_path, "hardware.memory_gib=0.025", "overhead_gib=0", "micro_batch_sequences=16", code=1
+    )
     assert not found["plans"][0]["fits"]
     assert "does not fit" in capfd.readouterr().out
     assert "micro_batch_sequences=" in found["plans"][0]["warnings"][0]
