@@ -19,7 +19,7 @@ def seen(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("communicating")
     script = Path(__file__).with_name("communicating.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {w: [torch.load(folder / f"{w}-{r}.pt") for r in range(w)] for w in (2, 4)}
