@@ -108,6 +108,8 @@ class SlurmLauncher(Base):
             raise UserError(
                 f"hydra/launcher=slurm: {error} hydra/launcher=submitit_local runs the sweep on this machine"
             ) from error
+        place = submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder)
+        existed = place.exists()  # others' jobs may lie there, and wait
         options = asked.options(shape, str(self.config.hydra.job.name))
         executor.update_parameters(
             # What submitit counts with; the others go to the script as they are
@@ -131,7 +133,8 @@ class SlurmLauncher(Base):
         try:
             return executor.map_array(self, *zip(*calls, strict=True))
         except submitit.core.utils.FailedJobError as error:
-            shutil.rmtree(asked.folder)
+            if not existed:
+                shutil.rmtree(place, ignore_errors=True)
             said = str(error).strip().splitlines()
             raise UserError(f"SLURM did not take the jobs: {said[-1] if said else error}") from error
 

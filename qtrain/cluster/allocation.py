@@ -213,7 +213,7 @@ class Request:
             # Since SLURM 22.05 srun does not take it from sbatch any more
             lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
             lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}")
-        return [*lines, *self.setup]
+        return [*lines, *self.setup, "set +e"]  # a script that ends with srun asks for no other attempt
 
     def srun_arguments(self) -> list[str]:
         # When one process has ended, the others have a minute; --kill-on-bad-exit would end those that still save

@@ -84,10 +84,13 @@ def _ask(command: Sequence[str], seconds: float) -> str:
         raise _Failed(f"there is no {command[0]} on this machine")
     # SQUEUE_USERS, SACCT_FORMAT and the like change what is answered
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_", "SCONTROL_"))}
-    process = subprocess.Popen(
-        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:  # a wrapper without its first line, or that is being replaced
+        raise _Failed(f"{command[0]} could not be started ({error})") from error
     try:
         out, err = process.communicate(timeout=seconds)
     except BaseException as error:
@@ -189,15 +192,24 @@ def _from_sacct(names: Sequence[str], seconds: float) -> dict[str, JobState]:
     return found
 
 
-def _exit_codes(names: Sequence[str], seconds: float) -> dict[str, str]:
-    """By scontrol, of jobs that ended lately."""
-    found = {}
+def _exit_codes(names: Sequence[str], seconds: float) -> tuple[dict[str, str], list[str]]:
+    """(exit codes by scontrol, of jobs that ended lately; notes)."""
+    found: dict[str, str] = {}
+    notes = []
+    if names[_DETAILS:]:
+        notes.append(f"exit codes of {_listed(names[_DETAILS:])} were not asked for: {_DETAILS} at once are")
     for name in names[:_DETAILS]:
-        text = _ask(["scontrol", "--oneliner", "show", "job", name], seconds)
+        try:
+            text = _ask(["scontrol", "--oneliner", "show", "job", name], seconds)
+        except _Failed as failure:
+            if "Invalid job id" in str(failure):  # it has forgotten this one, and knows others
+                notes.append(f"{failure}: the exit code of job {name} is not known")
+                continue
+            return found, [*notes, f"{failure}: exit codes are not known"]
         code = re.search(r"\bExitCode=(\d+:\d+)", text)
         if code and (said := _exit_code(code[1])):
             found[name] = said
-    return found
+    return found, notes
 
 
 def ask_slurm(names: Iterable[str], *, seconds: float = SECONDS) -> Queue:
@@ -227,11 +239,8 @@ def ask_slurm(names: Iterable[str], *, seconds: float = SECONDS) -> Queue:
         if lost:
             notes.append(f"{failure}: how {_listed(lost)} ended is known from the runs and their logs alone")
         accounts = {}
-        try:
-            codes = _exit_codes([n for n in unclear if n in found], seconds)
-        except _Failed as second:
-            notes.append(f"{second}: exit codes are not known")
-            codes = {}
+        codes, more = _exit_codes([n for n in unclear if n in found], seconds)
+        notes += more
         found.update({n: replace(found[n], exit_code=code) for n, code in codes.items()})
     for name in unclear:
         if name in accounts and name in found:

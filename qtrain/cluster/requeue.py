@@ -88,7 +88,7 @@ def requeue(code: int, most: int, job: SlurmJob) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the run's exit status, so that it is the script's as well; 1 where SLURM refused a requeue that was due."""
+    """Returns the run's exit status, so that it is the script's as well, also where SLURM refused a requeue that was due."""
     parser = argparse.ArgumentParser(
         prog="python -m qtrain.cluster.requeue", description=__doc__.splitlines()[0]
     )
@@ -105,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         requeue(given.code, given.most, job)
     except RuntimeError as error:
         print(f"qtrain: job {job.name} could not be requeued: {error}", file=sys.stderr)
-        return given.code or 1
     return given.code
 
 

@@ -111,7 +111,7 @@ def read_sweep(folder: Path) -> Sweep:
         cwd = Path(value.get("cwd") or ".")
         lives, since = _lives(value.get("process"), value.get("host")), str(value.get("submitted_at") or "")
         arms = tuple(replace(_arm(arm, cwd), lives=lives, since=since) for arm in value["arms"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} does not hold a sweep ({type(error).__name__}: {error})") from error
     return Sweep(
         path.parent,

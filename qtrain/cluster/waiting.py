@@ -10,7 +10,7 @@ from qtrain import interrupts
 from qtrain.cluster.queue import JobState, Queue, ask_slurm
 from qtrain.cluster.sweep_file import Arm
 
-# Looks at which a SLURM that answers knows nothing of a job before it counts as lost
+# Looks in a row at which a SLURM that answers knows nothing of a job before it counts as lost
 _LOOKS = 3
 
 
@@ -53,6 +53,7 @@ class Watch:
             if state is None:
                 self._miss(arm, queue.asked)
                 continue
+            self._unknown.pop(arm.job, None)
             if self._states.get(arm.job) != state.state:
                 print(self._line(arm, state), flush=True)
             self._states[arm.job] = state.state

@@ -155,7 +155,7 @@ def _table(rows: Sequence[Row], console: Console) -> Table:
     plain = not (console.encoding or "").lower().startswith("utf")
     found = [(c, [c.cell(row) for row in rows]) for c in _columns(plain) if console.width >= c.from_width]
     shown = [(c, cells) for c, cells in found if c.always or any(cell.plain for cell in cells)]
-    widths = [max(len(c.heading), *(cell.cell_len for cell in cells)) for c, cells in shown]
+    widths = [max([len(c.heading), *(cell.cell_len for cell in cells)]) for c, cells in shown]
     # What does not fit is cut from the columns that can be: the widest first
     excess = sum(widths) + _GAP * (len(widths) - 1) - console.width
     while excess > 0:

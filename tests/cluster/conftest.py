@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # same_run
 
 import slurm_daemons
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,12 @@ def slurm() -> Iterator[slurm_daemons.Slurm]:
             yield cluster
     finally:
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm: slurm_daemons.Slurm) -> slurm_daemons.Slurm:
+    """The cluster, for jobs that find this Python, this checkout and each other: its nodes' names are no addresses."""
+    path = f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"
+    more = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    more["PATH"] = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
+    return slurm_daemons.Slurm(slurm.root, {**slurm.environment, **more}, slurm.daemons)

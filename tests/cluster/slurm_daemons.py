@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+_SECONDS = 120.0  # for one command; SLURM's own patience with its controller is below a minute
 NODES, CPUS = 2, 4  # what SLURM believes; the machine may have fewer cores
 FINAL = {
     "COMPLETED",
@@ -96,6 +97,23 @@ def _path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
+def _own_environment() -> dict[str, str]:
+    """Ours, without what a SLURM of this machine says to the jobs and the users of it."""
+    theirs = (
+        "SLURM",
+        "SBATCH_",
+        "SRUN_",
+        "SALLOC_",
+        "SQUEUE_",
+        "SINFO_",
+        "SCANCEL_",
+        "SACCT_",
+        "SCONTROL_",
+        "MUNGE_",
+    )
+    return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+
+
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
 
@@ -143,17 +161,33 @@ class Slurm:
         before it finds out."""
         (daemon,) = (d for d in self.daemons if d.poll() is None and list(d.args)[-2:] == ["-N", node])  # type: ignore[arg-type]
         daemon.kill()
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended
-                steps = process.joinpath("cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
-                variables = process.joinpath("environ").read_bytes().split(b"\0")
-                if steps or f"SLURM_JOB_ID={job}".encode() in variables:
-                    os.kill(int(process.name), signal.SIGKILL)
+        self.kill_processes(job)
         daemon.wait()
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
+    def kill_processes(self, job: str | None = None) -> None:
+        """Those of the job, or of all jobs, and of this cluster alone: the machine may belong to another one, whose jobs
+        have the same numbers."""
+        configuration = f"SLURM_CONF={self.root}/slurm.conf".encode()
+        named = b"SLURM_JOB_ID=" if job is None else f"SLURM_JOB_ID={job}\0".encode()
+        steps = b"slurmstepd: [" if job is None else f"slurmstepd: [{job}.".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                variables = b"\0" + process.joinpath("environ").read_bytes() + b"\0"
+                ours = b"\0" + configuration + b"\0" in variables and b"\0" + named in variables
+                if ours or (
+                    process.joinpath("cmdline").read_bytes().startswith(steps) and self._holds(process)
+                ):
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    def _holds(self, process: Path) -> bool:
+        """Whether the process has a file of this cluster open, as a step's daemon has the log."""
+        return any(os.readlink(file).startswith(f"{self.root}/") for file in process.joinpath("fd").iterdir())
+
     def run(self, *command: str, cwd: Path | None = None) -> str:
-        done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=_SECONDS
+        )
         if done.returncode:
             raise RuntimeError(
                 f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
@@ -210,7 +244,7 @@ def running(root: Path) -> Iterator[Slurm]:
     for folder in ("ctld", "log", "spool/n0", "spool/n1"):
         (root / folder).mkdir(parents=True)
     _write_configuration(root)
-    environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(root / "slurm.conf")}
+    environment = {**_own_environment(), "PATH": _path(), "SLURM_CONF": str(root / "slurm.conf")}
     key = root / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
@@ -251,3 +285,4 @@ def running(root: Path) -> Iterator[Slurm]:
                 daemon.wait(5)
             daemon.kill()
             daemon.wait()
+        slurm.kill_processes()  # what did not end in time

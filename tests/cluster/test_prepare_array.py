@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from slurm_daemons import Slurm, until
 
 from qtrain.data.prepare import prepare
 from qtrain.data.sources import JsonLinesSource
@@ -18,30 +17,21 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "prepare_array.sbatch
 PARTS = 3
 
 
-@pytest.fixture
-def cluster(request):
-    try:
-        return request.getfixturevalue("slurm")
-    except pytest.FixtureLookupError:
-        pytest.skip("there is no SLURM for tests in this checkout")
+def ended(cluster: Slurm, *jobs: str) -> None:
+    def none_left() -> bool:
+        return not cluster.run("squeue", "-h", "-j", ",".join(jobs), "-t", "PD,CF,R,CG").strip()
 
-
-def ended(cluster, *jobs: str) -> None:
-    deadline = time.monotonic() + 240
-    while cluster.run("squeue", "-h", "-j", ",".join(jobs), "-t", "PD,R,CG").strip():
-        assert time.monotonic() < deadline, cluster.run("squeue")
-        time.sleep(0.3)
+    until(none_left, f"the end of {', '.join(jobs)}")
 
 
 @pytest.mark.slow
-def test_an_array_with_a_killed_task(cluster, tmp_path, monkeypatch):
+def test_an_array_with_a_killed_task(cluster: Slurm, tmp_path: Path) -> None:
     draw = random.Random(1)
     (tmp_path / "corpus").mkdir()
     for k in range(5):
         rows = [" ".join(draw.choices([f"w{i}" for i in range(300)], k=40)) for _ in range(60)]
         lines = [json.dumps({"text": row}) + "\n" for row in rows]
         (tmp_path / "corpus" / f"{k}.jsonl").write_text("".join(lines))
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     words = [
         "data=jsonl",
         f"data.source.paths=[{tmp_path / 'corpus'}]",
@@ -57,11 +47,12 @@ def test_an_array_with_a_killed_task(cluster, tmp_path, monkeypatch):
     scan = submit("scan", f"0-{PARTS - 1}%2")
     encode = submit("encode", f"0-{PARTS - 1}%2", f"--dependency=afterok:{scan}")
     ended(cluster, scan)
+    assert [cluster.state(f"{scan}_{part}") for part in range(PARTS)] == ["COMPLETED"] * PARTS
     # Before its first word: Python and its libraries take longer to start
-    while "R" not in cluster.run("squeue", "-h", "-j", f"{encode}_1", "-o", "%t").split():
-        time.sleep(0.05)
+    until(lambda: cluster.state(f"{encode}_1") == "RUNNING", f"the start of {encode}_1")
     cluster.run("scancel", f"{encode}_1")
     ended(cluster, encode)
+    assert cluster.state(f"{encode}_1") == "CANCELLED"
     (work,) = (tmp_path / "array").iterdir()
     assert sorted(p.name for p in work.glob("part-*")) == ["part-00000", "part-00002"]
     ended(cluster, submit("encode", "1"))

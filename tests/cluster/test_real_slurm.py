@@ -53,15 +53,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def cluster(slurm: Slurm) -> Slurm:
-    """The cluster, for jobs that find this checkout and each other: its nodes' names are no addresses."""
-    path = f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"
-    more = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    more["PATH"] = f"{Path(sys.executable).parent}:{slurm.environment['PATH']}"
-    return Slurm(slurm.root, {**slurm.environment, **more}, slurm.daemons)
-
-
 def qtrain(place: Path, environment: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """``qtrain train`` here -> what it printed, standard error among it."""
     command = [sys.executable, "-m", "qtrain.cli", "train", *TINY, "logger=none", *words]
