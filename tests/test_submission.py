@@ -141,6 +141,17 @@ def test_a_refusal_of_slurm_is_said_and_leaves_nothing(train: Train, tmp_path: P
     assert [p.name for p in Path("multirun").rglob("*") if p.is_file()] == ["multirun.yaml"]
 
 
+def test_a_refusal_of_slurm_leaves_a_folder_that_was_there(train: Train, tmp_path: Path) -> None:
+    """With the submitted arms of other sweeps, whose jobs may still wait."""
+    (tmp_path / "programs" / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "7_0_submitted.pkl").touch()
+    assert (
+        train("-m", "hydra/launcher=slurm", "seed=0,1", f"hydra.launcher.folder={tmp_path / 'logs'}")[0] == 2
+    )
+    assert (tmp_path / "logs" / "7_0_submitted.pkl").exists()
+
+
 def test_another_command_is_not_submitted(train: Train, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare", "-m", "hydra/launcher=slurm"]) == 2
     assert "prepare is not submitted to a cluster, train is" in capfd.readouterr().err

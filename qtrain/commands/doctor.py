@@ -11,6 +11,7 @@ import netrc
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def findings(*, functional: bool) -> Iterator[Line]:
     if torch_here:
         yield cpu_kernels_line()
     yield wandb_line()
+    yield slurm_line()
     if functional and torch_here:
         yield functional_line()
 
@@ -294,6 +296,39 @@ def _netrc_names_wandb(environ: Any) -> bool:
         return any("wandb" in host for host in netrc.netrc(str(path)).hosts)
     except (netrc.NetrcParseError, OSError):
         return False
+
+
+def slurm_line() -> Line:
+    """Whether sweeps can be submitted from here. The controller is not asked: it may be down, or busy."""
+    program, launcher = shutil.which("sbatch"), _version("hydra-submitit-launcher")
+    install = "pip install 'hydra-submitit-launcher>=1.2'"
+    if program is None:
+        there = f"hydra-submitit-launcher {launcher} is installed" if launcher else f"there also {install}"
+        return Line(
+            "note", "slurm", f"no sbatch: hydra/launcher=slurm submits on a cluster's login node ({there})"
+        )
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Line("note", "slurm", f"{program} --version gives no answer ({error})")
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        return Line("note", "slurm", f"{program} --version failed: {said[-1]}")
+    found = f"{done.stdout.strip()} at {program}"
+    if launcher is None:
+        return Line(
+            "note", "slurm", f"{found}; hydra/launcher=slurm needs hydra-submitit-launcher: {install}"
+        )
+    return Line(
+        "ok", "slurm", f"{found}, hydra-submitit-launcher {launcher}: hydra/launcher=slurm submits sweeps"
+    )
 
 
 def functional_line() -> Line:

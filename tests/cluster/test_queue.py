@@ -115,6 +115,29 @@ def test_without_accounts_it_says_what_is_not_known(programs):
     assert queue.notes == ()
 
 
+def test_exit_codes_that_are_not_asked_for_are_named(programs):
+    jobs = [str(n) for n in range(1, 24)]
+    rows = "\\n".join(f"{n}|{n}|FAILED|main||0:01|1:00|NonZeroExitCode" for n in jobs)
+    programs(**without_accounts(squeue=f"printf '{rows}\\n'", scontrol="echo JobId=$4 ExitCode=3:0"))
+    queue = ask_slurm(jobs)
+    assert [queue.jobs[n].exit_code for n in jobs] == ["3"] * 20 + [None] * 3
+    assert queue.notes == ("exit codes of 3 jobs (21, 22, 23) were not asked for: 20 at once are",)
+
+
+def test_a_job_that_scontrol_forgot_hides_no_other_s_exit_code(programs):
+    programs(**without_accounts())
+    queue = ask_slurm(["9", "1"])
+    assert (queue.jobs["9"].exit_code, queue.jobs["1"].exit_code) == (None, "3")
+
+
+def test_a_program_that_cannot_be_started_is_named(programs, tmp_path):
+    programs(squeue="exit 0")
+    (tmp_path / "bin" / "squeue").write_bytes(b"\x7fELF")
+    queue = ask_slurm(["1"])
+    assert "squeue could not be started" in queue.notes[0]
+    assert not queue.asked
+
+
 def test_a_job_that_left_the_queue_is_in_the_accounts(programs):
     programs(**with_accounts(squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'))
     queue = ask_slurm(["18", "9", "20"])

@@ -97,6 +97,16 @@ def test_no_sweep_and_a_broken_one(tmp_path: Path) -> None:
             read_sweep(written(tmp_path / str(i), bad))
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, **options: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    folder = written(tmp_path / "a", SWEEP)
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ValueError, match=r"does not hold a sweep \(PermissionError"):
+        read_sweep(folder)
+
+
 def test_a_local_sweep_names_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_local_sweep(

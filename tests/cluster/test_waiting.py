@@ -84,6 +84,14 @@ def test_a_job_that_slurm_has_forgotten_ends_the_wait_and_a_deaf_slurm_does_not(
     assert "7_1 is unknown to SLURM; how it ended stands in /log1" in capsys.readouterr().err
 
 
+def test_looks_that_miss_a_job_count_in_a_row_only(answers):
+    answers(
+        *[queue("RUNNING", "RUNNING"), queue("RUNNING"), queue("RUNNING")] * 3,
+        queue("COMPLETED", "COMPLETED"),
+    )
+    assert wait_for(ARMS, 1) == [0, 0]
+
+
 def test_ctrl_c_leaves_the_jobs(answers, monkeypatch, capsys):
     answers(queue("RUNNING", "RUNNING"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -181,3 +182,49 @@ def test_the_gpu_kernels_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'triton>=3.6'" in doctor.gpu_kernels_line(0, (9, 0)).text
     monkeypatch.setattr(native_ops, "kinds_on", lambda device: [])
     assert doctor.gpu_kernels_line(0, (9, 0)).text.startswith("compute=native raises here; ")
+
+
+@pytest.mark.parametrize(
+    ("script", "launcher", "said"),
+    [
+        (
+            "echo slurm-wlm 22.05.8",
+            "1.2.0",
+            "ok      slurm           slurm-wlm 22.05.8 at .*, hydra-submitit-launcher 1.2.0",
+        ),
+        (
+            "echo slurm-wlm 22.05.8",
+            None,
+            "note .* slurm-wlm 22.05.8 at .*pip install 'hydra-submitit-launcher>=1.2'",
+        ),
+        (
+            "echo 'sbatch: fatal: no slurm.conf' >&2; exit 1",
+            "1.2.0",
+            "note .*failed: sbatch: fatal: no slurm.conf",
+        ),
+        (None, "1.2.0", "note .* no sbatch.*hydra-submitit-launcher 1.2.0 is installed"),
+        (None, None, "note .* no sbatch.*pip install 'hydra-submitit-launcher>=1.2'"),
+    ],
+)
+def test_the_slurm_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, launcher: str | None, said: str
+) -> None:
+    if script is not None:
+        (tmp_path / "sbatch").write_text(f'#!/bin/sh\n[ "$*" = --version ] || exit 9\n{script}\n')
+        (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_version", lambda name: {"hydra-submitit-launcher": launcher}[name])
+    line = doctor.slurm_line()
+    assert re.match(said, str(line)), line
+    assert not line.required
+
+
+def test_an_sbatch_that_hangs_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*command: object, timeout: float, **options: object) -> None:
+        raise subprocess.TimeoutExpired("sbatch", timeout)
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    line = doctor.slurm_line()
+    assert line.status == "note"
+    assert "timed out after 10 seconds" in line.text

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from qtrain import cli
+from qtrain.cluster.sweep_file import write_local_sweep
 from qtrain.training.module import QuantizedTransformer
 from qtrain.training.run_folder import is_trained
 
@@ -324,6 +325,19 @@ def test_a_local_sweep(
     assert after[1]["next"].endswith(f"name=arms run={Path(after[1]['folder']).name} resume=auto")
     assert after[2]["next"].startswith("qtrain train data=text")
     assert "-m" not in after[1]["next"].split()
+
+
+def test_a_sweep_of_which_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Path("multirun/2026-11-26/19-00-35")
+    write_local_sweep(place, "train", [["w=int8_row"], ["w=int4_row"]], [None, None])
+    monkeypatch.setattr("qtrain.cluster.sweep_file._named_so", lambda process: False)
+    assert cli.main(["status"]) == 0
+    text = capfd.readouterr().out
+    assert text.startswith("0 runs")
+    assert "2 arms of" in text
 
 
 def test_rows_beyond_the_limit_are_counted(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
