@@ -33,6 +33,10 @@ _SHARDS_AT_ONCE = 3
 _REMEDY = "give the address of a folder that qtrain prepare wrote, or prepare it again"
 
 
+class CacheTooSmall(ShardError):
+    """The shards that an order needs at once do not fit: they would be fetched again and again."""
+
+
 def upload(directory: Path, store: ObjectStore) -> None:
     """A prepared folder to the place of ``store``: shards that are not there in full size, the tokenizer, and at last
     the manifest. Raises StoreUnreachable."""
@@ -131,14 +135,14 @@ def fetched_shards(folder: str | None = None, cache_gib: float = DEFAULT_CACHE_G
 
 
 def begin_fetching(shards: TokenShards, shuffle: str) -> None:
-    """In the background: the validation shards, and all others for an order that needs them. Raises ValueError where the
-    cache cannot hold what the order needs at once: the same shards would be fetched again and again."""
+    """In the background: the validation shards, and all others for an order that needs them. Raises
+    CacheTooSmall."""
     train, val = ([file.info.bytes for file in split.files] for split in (shards.train, shards.val))
     needed = sum(val) + (sum(train) if shuffle == "windows" else sum(sorted(train)[-_SHARDS_AT_ONCE:]))
     (limit,) = {file.cache.limit_bytes for file in shards.train.files if isinstance(file, StoredFile)}
     if needed > limit:
         other = "; or take data.shuffle=shards, which needs few at once" if shuffle == "windows" else ""
-        raise ValueError(
+        raise CacheTooSmall(
             f"data.cache_gib={limit / (1 << 30):.4g}: data.shuffle={shuffle} needs {needed / (1 << 30):.4g} GiB of shards on each "
             f"machine; give that much (a key of data=prepared){other}"
         )
