@@ -37,7 +37,8 @@ _scratch = threading.local()
 def _sums(rows: int, columns: int) -> Tensor:
     held: Tensor | None = getattr(_scratch, "sums", None)
     if held is None or held.numel() < rows * columns:
-        held = _scratch.sums = torch.empty(rows * columns, dtype=torch.int32)
+        with torch.inference_mode(False):  # a tensor of inference could not be written to outside of it
+            held = _scratch.sums = torch.empty(rows * columns, dtype=torch.int32, device="cpu")
     return held[: rows * columns].view(rows, columns)
 
 
@@ -113,7 +114,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if _is_dense(x) else x.contiguous()
 
 
-_ones = functools.lru_cache(maxsize=64)(torch.ones)
+_ones = functools.lru_cache(maxsize=64)(functools.partial(torch.ones, device="cpu"))
 
 
 def _vector(scale: Tensor | None, size: int) -> Tensor:

@@ -190,6 +190,7 @@ def _cases() -> dict[str, Callable[[], Inputs]]:
     for setting in settings:
         cases[f"beyond_a_tile/{setting}"] = case("beyond_a_tile", setting)
         cases[f"nan_inf/{setting}"] = case("nan_inf", setting)
+        cases[f"no_columns/{setting}"] = case("no_columns", setting)
     return cases
 
 

@@ -8,7 +8,8 @@
 Whichever task finishes a stage last goes on with what follows it, so that merging needs no task of its own. All that the
 tasks share lies in one work folder beside the result. Every file in it is a function of the source and the settings, is
 written beside its place and renamed: a killed task leaves nothing that counts, and is run again alone. Where two do the
-same at once, both write the same; a lock spares the work, and nothing but time depends on it.
+same at once, both write the same; a lock spares the work. Where the file system cannot lock, one of two that join the
+parts at once may fail on what the other has cleared, and finds the result when it is run again.
 
 Memory: some 60 bytes a document of the whole source while its sides are settled, and twice the bytes of the validation texts.
 """

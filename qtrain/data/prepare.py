@@ -43,7 +43,7 @@ _DIGEST_DIGITS = 16
 _BYTES_PER_WORKER = 4 << 20
 # Ids of skipped documents that the manifest lists; all are counted
 _SKIPPED_LISTED = 100
-FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
+_FOLDERS = {Side.TRAIN: "train", Side.VAL: "val"}
 
 
 def prepare(
@@ -200,6 +200,6 @@ def encode(
             for document in batch:
                 counts[document.side] += 1
                 if document.ids is not None:
-                    writer.append_tokens(FOLDERS[document.side], document.ids, document.text_bytes)
+                    writer.append_tokens(_FOLDERS[document.side], document.ids, document.text_bytes)
             progress("tokenize", counts.total(), len(assignment.sides))
     return counts

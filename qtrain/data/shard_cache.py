@@ -32,6 +32,7 @@ from qtrain.data.progress import LINE_SECONDS
 
 # One request of a store gives tens of MB/s; blocks of 16 MiB, eight at once, are 128 MiB of memory and fill 10 Gbit/s
 BLOCK_BYTES, BLOCKS_AT_ONCE = 16 << 20, 8
+_REMEDY = "upload it anew (delete it and the manifest there, and prepare again), then go on with resume=auto"
 
 
 class ShardCache:
@@ -98,7 +99,10 @@ class ShardCache:
                 ) from error
             if wait:
                 os.utime(handle)
-            yield handle
+            try:
+                yield handle
+            finally:  # closing is not enough where a process was forked meanwhile: it has the descriptor too
+                fcntl.flock(handle, fcntl.LOCK_UN)
         finally:
             os.close(handle)
 
@@ -118,8 +122,7 @@ class ShardCache:
             found = sha256_of(partial)
             if found != info.sha256:
                 raise ShardError(
-                    f"object {store.at(info.file)} was altered: its sha256 is {found}, its manifest says {info.sha256}; upload it "
-                    "anew (delete the manifest there and prepare again), then go on with resume=auto"
+                    f"object {store.at(info.file)} was altered: its sha256 is {found}, its manifest says {info.sha256}; {_REMEDY}"
                 )
             partial.rename(self.path(info))
         except OSError as error:
@@ -141,7 +144,7 @@ class ShardCache:
         for path in self.folder.glob("*.bin"):
             with suppress(FileNotFoundError):
                 found.append((path.with_suffix(".lock").stat().st_mtime_ns, path.stat().st_size, path))
-        held = sum(size for _, size, _ in found)
+        held = sum(size for _, size, _ in found) + self._arriving()
         for _, size, path in sorted(found):
             if held + needed <= self.limit_bytes:
                 break
@@ -149,16 +152,30 @@ class ShardCache:
                 held -= size
         return held + needed <= self.limit_bytes
 
+    def _arriving(self) -> int:
+        """Bytes of the shards that are being fetched; what killed fetches left is removed."""
+        total = 0
+        for partial in self.folder.glob(".*.partial"):
+            info = ShardInfo(partial.name, 0, 0, partial.name.split(".")[1])
+            with self._locked(info, wait=False) as lock, suppress(FileNotFoundError):
+                if lock < 0:
+                    total += partial.stat().st_size
+                else:
+                    partial.unlink()
+        return total
+
     def _removed(self, path: Path) -> bool:
         """Whether the shard is gone: nobody takes it now, and nobody reads it."""
         info = ShardInfo(path.name, 0, 0, path.stem)
         with self._locked(info, wait=False) as lock:
             if lock < 0:
                 return False
-            try:
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:  # for writing, without which NFS locks no file exclusively
+                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
                 return True
+            except PermissionError:  # another user's
+                return False
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -219,24 +236,24 @@ def _note(path: Path, lock: int, stamp: FileStamp | None = None) -> None:
 def _download(info: ShardInfo, store: ObjectStore, path: Path) -> None:
     """The object into ``path``, in blocks that are tried again each by itself. Raises ShardError where it is missing or
     has another length."""
-    remedy = "upload it anew (delete the manifest there and prepare again), then go on with resume=auto"
     try:
         size = store.size(info.file)
     except ObjectMissing as error:
         raise ShardError(
-            f"object {store.at(info.file)} is missing, its manifest says {info.bytes} bytes; {remedy}"
+            f"object {store.at(info.file)} is missing, its manifest says {info.bytes} bytes; {_REMEDY}"
         ) from error
     if size != info.bytes:
         raise ShardError(
-            f"object {store.at(info.file)} is {size} bytes long, its manifest says {info.bytes} bytes; {remedy}"
+            f"object {store.at(info.file)} is {size} bytes long, its manifest says {info.bytes} bytes; {_REMEDY}"
         )
     path.touch()
+    os.truncate(path, size)  # all of it counts toward the limit
 
     def fetch(start: int) -> int:
         stop = min(start + BLOCK_BYTES, size)
         data = store.read_range(info.file, start, stop)
         if len(data) != stop - start:
-            raise ShardError(f"object {store.at(info.file)} was cut while it was read; {remedy}")
+            raise ShardError(f"object {store.at(info.file)} was cut while it was read; {_REMEDY}")
         with path.open("r+b") as file:
             file.seek(start)
             file.write(data)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from qtrain.data.object_store import ObjectStore
+from qtrain.data.object_store import ObjectStore, StoreUnreachable
 
 # What file systems of fsspec call the digest that a store keeps
 _DIGESTS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "blob_id", "oid")
@@ -80,6 +80,10 @@ class _Blocks(io.RawIOBase):
         if self._at >= stop:
             return 0
         data = self._store.read_range(self._name, self._at, stop)
+        if not data:
+            raise StoreUnreachable(
+                f"{self._store.at(self._name)} ends at byte {self._at} of {self._size}: it was cut while it was read"
+            )
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

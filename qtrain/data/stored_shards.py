@@ -7,6 +7,7 @@ and the tokenizer, some kilobytes, are read at each start; a shard when a sample
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import time
@@ -30,6 +31,10 @@ DEFAULT_CACHE_GIB = 64.0
 # The shard that is read, the next one, and one more for a run beside this one
 _SHARDS_AT_ONCE = 3
 _REMEDY = "give the address of a folder that qtrain prepare wrote, or prepare it again"
+
+
+class CacheTooSmall(ShardError):
+    """The shards that an order needs at once do not fit: they would be fetched again and again."""
 
 
 def upload(directory: Path, store: ObjectStore) -> None:
@@ -82,7 +87,9 @@ class StoredFile(CheckedFile):
             self.cache.ahead(self.info, self._store)
 
     def release(self) -> None:
-        """Leaves the file to the cache, which may remove it; reading takes it again."""
+        """Leaves the file to the cache, which may remove it; reading takes it again. Raises ShardError where it was altered,
+        since the next checkpoint would not see it."""
+        self.check_unchanged()
         if self._closing is not None:
             self._closing()
         self._handle = self._closing = None
@@ -121,23 +128,23 @@ def put_in(folder: str | None, shards: TokenShards) -> TokenShards:
 
 def fetched_shards(folder: str | None = None, cache_gib: float = DEFAULT_CACHE_GIB) -> ShardCache:
     """The cache of fetched shards in ``folder`` (None: ``cache_root()``). Raises ValueError."""
-    if isinstance(cache_gib, bool) or not isinstance(cache_gib, int | float) or not cache_gib > 0:
+    if isinstance(cache_gib, bool) or not isinstance(cache_gib, int | float) or not 0 < cache_gib < math.inf:
         raise ValueError(f"data.cache_gib={cache_gib!r}: must be a positive number of GiB")
     root = Path(folder).expanduser() if folder is not None else cache_root()
     return ShardCache(root / "fetched", int(cache_gib * (1 << 30)))
 
 
 def begin_fetching(shards: TokenShards, shuffle: str) -> None:
-    """In the background: the validation shards, and all others for an order that needs them. Raises ValueError where the cache cannot hold what the order
-    needs at once: the same shards would be fetched again and again."""
+    """In the background: the validation shards, and all others for an order that needs them. Raises
+    CacheTooSmall."""
     train, val = ([file.info.bytes for file in split.files] for split in (shards.train, shards.val))
     needed = sum(val) + (sum(train) if shuffle == "windows" else sum(sorted(train)[-_SHARDS_AT_ONCE:]))
     (limit,) = {file.cache.limit_bytes for file in shards.train.files if isinstance(file, StoredFile)}
     if needed > limit:
         other = "; or take data.shuffle=shards, which needs few at once" if shuffle == "windows" else ""
-        raise ValueError(
+        raise CacheTooSmall(
             f"data.cache_gib={limit / (1 << 30):.4g}: data.shuffle={shuffle} needs {needed / (1 << 30):.4g} GiB of shards on each "
-            f"machine; give that much{other}"
+            f"machine; give that much (a key of data=prepared){other}"
         )
     for file in (*shards.val.files, *(shards.train.files if shuffle == "windows" else ())):
         file.ahead()

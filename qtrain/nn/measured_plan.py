@@ -89,7 +89,7 @@ Measure = Callable[[Problem, str], Timing]
 def time_problem(problem: Problem, device: str) -> Timing:
     """Both layers, in turns, on that device. Random state is left as it was, and no compiled code stays: what was
     compiled before is compiled anew at its next call."""
-    with torch.random.fork_rng(enabled=True):
+    with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
         if not problem.compiled:
             with torch.compiler.set_stance("force_eager"):
                 return _time_problem(problem, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,13 @@ def trained_module(run: TrainedRun) -> QuantizedTransformer:
     """The run's model with its weights, under the recipe of ``run.parts``; with ``compute=auto`` the layers are native that
     were in training. Ranges with a state that this recipe does not have are left out; raises ValueError where it has some
     that the run did not keep."""
-    native = run.checkpoint["qtrain"]["plan"].get("native")  # older checkpoints do not say
+    native = run.checkpoint["qtrain"]["plan"].get("native")
+    if native is None and run.parts.recipe.compute == "auto":
+        print(
+            f"compute=auto: {run.path}, by an older version, does not say which layers were native; all that can be are native "
+            "here, so that numbers may differ from the run's in rounding",
+            file=sys.stderr,
+        )
     faster = None if native is None else as_trained(native)
     module = QuantizedTransformer(run.parts, continues=True, faster=faster)
     module.configure_model()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -146,6 +147,42 @@ def test_an_object_that_is_cut_while_it_is_read_is_refused(store, shards, tmp_pa
     (tmp_path / "store" / "0.bin").write_bytes(b"short")
     with pytest.raises(ShardError, match=r"0\.bin was cut while it was read"):
         cache_of(tmp_path, 10_000).take(shards[0], store)
+
+
+def test_a_child_that_was_forked_during_a_fetch_holds_no_lock(store, shards, tmp_path, monkeypatch):
+    cache, children = cache_of(tmp_path, 10_000), []
+
+    def forking(name, start, stop):
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        return ObjectStore.read_range(store, name, start, stop)
+
+    monkeypatch.setattr(store, "read_range", forking)
+    monkeypatch.setattr(shard_cache, "_by_threads", lambda fetch, starts: map(fetch, starts))
+    try:
+        taken(cache, shards[0], store)
+        with cache._locked(shards[0], wait=False) as lock:
+            assert lock >= 0
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def test_what_arrives_counts_and_what_a_killed_fetch_left_does_not(store, shards, tmp_path):
+    cache = cache_of(tmp_path, 2000)
+    taken(cache, shards[0], store)
+    left = [cache.folder / f".{shards[i].sha256}.1.partial" for i in (1, 2)]
+    for path in left:
+        path.write_bytes(bytes(1000))
+    with cache._locked(shards[1], wait=True):  # as its fetch would
+        cache.fetch_if_room(shards[3], store)
+        assert [path.is_file() for path in left] == [True, False]
+        assert here(cache, shards) == [3]
+    cache.fetch_if_room(shards[4], store)
+    assert here(cache, shards) == [3, 4]
 
 
 @pytest.mark.parametrize("harm", [lambda p: p.write_bytes(b"x" * 1000), lambda p: p.write_bytes(b"x")])

@@ -87,6 +87,18 @@ def test_a_changed_object_is_another_fingerprint_without_reading_it(stored, monk
     assert JsonLinesSource(address).stamp() != stamp
 
 
+def test_an_object_that_is_cut_while_it_is_read_is_no_shorter_text(stored, monkeypatch):
+    _, address = stored
+    whole = ObjectStore.read_range
+    monkeypatch.setattr(
+        ObjectStore,
+        "read_range",
+        lambda self, name, start, stop: whole(self, name, start, stop)[: 50 - start],
+    )
+    with pytest.raises(SourceError, match=r"a\.jsonl ends at byte 50 of \d+: it was cut"):
+        listed(JsonLinesSource(f"{address}/a.jsonl"))
+
+
 def test_a_store_that_fails_is_read_and_one_that_is_gone_is_named(stored, flaky):
     root, address = stored
     flaky("503")

@@ -115,7 +115,17 @@ def test_files_are_given_back_and_taken_again_and_travel_to_other_processes(sour
     )
 
 
-@pytest.mark.parametrize("value", [0, -1, "64", True, float("nan")])
+def test_what_was_altered_is_seen_before_it_is_given_back(source, bucket):
+    shards = prepare_in(bucket, source, ByteTokenizer(), **SHAPE)
+    shards.train.read(500, 2500)
+    file = shards.train.files[0]
+    content = file.path.read_bytes()
+    file.path.write_bytes(b"x" + content[1:])
+    with pytest.raises(ShardError, match="was altered while the run read it"):
+        file.release()
+
+
+@pytest.mark.parametrize("value", [0, -1, "64", True, float("nan"), float("inf")])
 def test_a_cache_without_room_is_refused(value):
     with pytest.raises(ValueError, match=r"data\.cache_gib="):
         fetched_shards(None, value)

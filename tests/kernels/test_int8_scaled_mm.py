@@ -78,6 +78,16 @@ def test_two_callers_at_once(tier: cpu_tier.Tier) -> None:
         assert contract.same_bits(y, declaration.reference(*case()))
 
 
+def test_training_follows_inference(tier: cpu_tier.Tier) -> None:
+    """Memory that is kept from a product under inference_mode is written to after it."""
+    arguments = int8_scaled_mm.cases["per_tensor/bf16"]()
+    kernel = functools.partial(int8_scaled_mm.kernel("cpu"), on=tier)
+    int8_scaled_mm_cpu._scratch.__dict__.clear()
+    with torch.inference_mode():
+        kernel(*arguments)
+    assert contract.same_bits(kernel(*arguments), declaration.reference(*arguments))
+
+
 def test_non_finite_scales_show_in_their_row_or_column_and_nowhere_else(tier: cpu_tier.Tier) -> None:
     a, b, scale = torch.ones(6, 70, dtype=torch.int8), torch.ones(5, 70, dtype=torch.int8), torch.ones(6)
     a[2], b[3], scale[2] = 0, 0, float("inf")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from qtrain_kernels.cpu_tier import tier
 
 from qtrain.nn.measured_plan import Problem, Timing
 from qtrain.quant import LinearRecipe
@@ -25,6 +26,7 @@ LAYERS = {"up": ((64, 16), FORWARD), "down": ((16, 64), FORWARD), "again": ((64,
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Problem]:
+    tier()  # built before the cache is another, and said before anything else is
     monkeypatch.setenv("QTRAIN_CACHE", str(tmp_path / "cache"))
     return []
 
@@ -166,7 +168,11 @@ def test_only_layers_that_can_be_native_are_as_trained() -> None:
 
 
 def test_an_evaluation_computes_as_the_run_did(
-    tmp_path: Path, asked: list[Problem], configure: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    asked: list[Problem],
+    configure: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def measure(problem: Problem, device: str) -> Timing:
         out, inner = problem.shape
@@ -192,3 +198,7 @@ def test_an_evaluation_computes_as_the_run_did(
     assert found.numbers["compute"] == summary["compute"]
     assert found.numbers["val_loss"] == summary["val_loss"]
     assert not (folder / "plan.json").exists()
+    assert "does not say which layers were native" not in capsys.readouterr().err
+    del run.checkpoint["qtrain"]["plan"]["native"]
+    trained_module(run)
+    assert "does not say which layers were native" in capsys.readouterr().err

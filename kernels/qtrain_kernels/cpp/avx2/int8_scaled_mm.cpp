@@ -23,13 +23,16 @@ inline void put(bf16* y, float v) {
   *y = (bf16)(v == v ? rounded : 0x7FC0);
 }
 
+// Wraps, as vpdpbusd does; what is left fits.
+inline float less(int32_t sum, int32_t shift) { return (float)(int32_t)((uint32_t)sum - (uint32_t)shift); }
+
 // n sums of one row, of which `shift` is taken off.
 template <class Out>
 void finish(const int32_t* sums, int32_t shift, long n, float a_scale, const float* b_scale, const float* bias, Out* y) {
   if (bias)
-    for (long j = 0; j < n; j++) put(y + j, (float)(sums[j] - shift) * a_scale * b_scale[j] + bias[j]);
+    for (long j = 0; j < n; j++) put(y + j, less(sums[j], shift) * a_scale * b_scale[j] + bias[j]);
   else
-    for (long j = 0; j < n; j++) put(y + j, (float)(sums[j] - shift) * a_scale * b_scale[j]);
+    for (long j = 0; j < n; j++) put(y + j, less(sums[j], shift) * a_scale * b_scale[j]);
 }
 
 template <class Out>
@@ -93,7 +96,7 @@ Chunk copy_chunk(const Operands& o, long first, long count, uint8_t* memory) {
     std::memcpy(c.rows + i * stride, row, o.K);
     int32_t sum = 0;
     for (long k = 0; k < o.K; k++) sum += row[k];
-    c.row_sums[i] = 128 * sum;
+    c.row_sums[i] = (int32_t)(128u * (uint32_t)sum);
   }
   return c;
 }

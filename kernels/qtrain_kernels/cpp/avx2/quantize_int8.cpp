@@ -139,7 +139,7 @@ struct Quantizer {
   }
 
   auto measures() const {
-    if (!columns.codes) return &Quantizer::measure<true, false>;
+    if (!columns.codes) return rows.codes ? &Quantizer::measure<true, false> : &Quantizer::measure<false, false>;
     return rows.codes ? &Quantizer::measure<true, true> : &Quantizer::measure<false, true>;
   }
 

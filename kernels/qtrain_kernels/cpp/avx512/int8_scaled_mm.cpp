@@ -105,7 +105,7 @@ Chunk copy_chunk(const Operands& o, long first, long count, uint8_t* memory) {
     __m512i sum = _mm512_setzero_si512();
     for (long k = 0; k < width; k += LINE)
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_load_si512(row + k));
-    c.row_sums[i] = 128 * _mm512_reduce_add_epi32(sum);
+    c.row_sums[i] = (int32_t)(128u * (uint32_t)_mm512_reduce_add_epi32(sum));
   }
   return c;
 }
