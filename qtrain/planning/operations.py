@@ -10,7 +10,6 @@ inside of a kernel is not seen, nor are the allocator's rounding and fragments.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
@@ -236,7 +235,3 @@ def fused_bytes(operations: Iterable[Operation], kept: Iterable[int] = ()) -> It
             if key in seen_outside:
                 moved += nbytes
         yield operation, moved
-
-
-def total_flops(operations: Iterable[Operation]) -> float:
-    return math.fsum(operation.flops for operation in operations)

@@ -53,7 +53,7 @@ def memory_rows(plan: RunPlan) -> list[tuple[str, int]]:
         ("gradients", memory.gradients_at_peak),
         ("optimizer states", memory.states),
     ]
-    rows.append(("gathers and buckets", memory.buffers))
+    rows.append(("gathers, buckets, residuals", memory.buffers))
     if memory.phase != "optimizer":
         rows += [
             (f"kept: {kind}", nbytes)
@@ -128,14 +128,14 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
         f"{_seconds(interval.write_seconds)}) loses {interval.lost:.1%} of the time, which is in the table"
     ]
     lines.append(
-        "times are sums over kernels; whole runs published elsewhere took 1.0 to 1.5 times as long (docs/scaling.md)"
+        "times are sums over kernels; whole runs published elsewhere took 1.0 to 1.6 times as long (docs/scaling.md)"
     )
     device = inputs.device
     lines.append(f"measured of {device.name}: {device.measured or 'nothing'}")
     if device.sources:
         lines.append(f"the rest: {device.sources}")
     if device.price_per_hour is None:
-        lines.append("cost: give the price of one GPU, as in device.price_per_hour=2.5")
+        lines.append("cost: give the price of one GPU, as in hardware.price_per_hour=2.5")
     for plan in plans:
         lines += [f"WARNING {plan.name}: {text}" for text in plan.warnings]
     return text + "\n".join(lines)
