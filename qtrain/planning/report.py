@@ -128,7 +128,7 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
         f"{_seconds(interval.write_seconds)}) loses {interval.lost:.1%} of the time, which is in the table"
     ]
     lines.append(
-        "times are sums over kernels; whole runs published elsewhere took 1.0 to 1.6 times as long (docs/scaling.md)"
+        "times are sums over kernels; whole runs published elsewhere took 1.0 to 1.5 times as long (docs/scaling.md)"
     )
     device = inputs.device
     lines.append(f"measured of {device.name}: {device.measured or 'nothing'}")
