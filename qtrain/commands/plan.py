@@ -67,7 +67,7 @@ def _gpus(config: dict[str, Any], per_node: int) -> dict[str, Any]:
 
 
 def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
-    """measure: whether ``hardware=this`` may be measured; else its place is taken by the CPU's numbers. Raises ValueError or
+    """measure: whether ``hardware=this`` is measured in full; else a moment's measurement takes its place. Raises ValueError or
     TypeError for what cannot be planned."""
     from qtrain.planning.budget import LAWS, Failures
     from qtrain.planning.communication import LowBits
@@ -101,7 +101,7 @@ def inputs_of(config: dict[str, Any], *, measure: bool) -> Inputs:
         weight_decay=optimizer.weight_decay,
         device=device,
         gpus=processes.world_size,
-        low_bits=LowBits.of(config["trainer"]),
+        low_bits=LowBits.of(processes.communication),
         strategy=processes.sharding if processes.world_size > 1 else "none",
         batch_sequences=settings.batch_sequences,
         micro_batch_sequences=0

@@ -9,8 +9,8 @@ Encoding what arrived gives the same bytes again,
 
     quantize(decode(encode(x))) = quantize(x)        codes and scales, bit for bit
 
-for clip=absmax, nearest rounding, float32 scales, symmetric: a layer that quantizes what arrived meets the codes of the
-master. For a scale s = fl(a / max) of a float32 a satisfies fl(fl(s * max) / max) = s: the two roundings move a by less
+for clip=absmax, nearest rounding, float32 scales, symmetric, of formats that end alike on both sides (not dynamic8): a
+layer that quantizes what arrived meets the codes of the master. For a scale s = fl(a / max) of a float32 a satisfies fl(fl(s * max) / max) = s: the two roundings move a by less
 than what the quotient tells apart. Checked for every mantissa by the tests; it isn't so for any s.
 
 n rows, K columns.

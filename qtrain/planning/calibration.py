@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .devices import GIB, Device
+from .devices import FP8_CAPABILITIES, GIB, Device
 from .operations import BACKWARD_PRODUCTS
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of square GEMMs
@@ -42,8 +42,9 @@ def median_seconds(run: Callable[[], Any], device_type: str) -> float:
     return statistics.median(samples)
 
 
-def _gemms(device_type: str, scale: float) -> tuple[dict[str, float], float]:
+def _gemms(device_type: str, capability: float | None, scale: float) -> tuple[dict[str, float], float]:
     """(TFLOP/s by precision of large square ones, microseconds that a narrow bf16 one takes beyond its rate)."""
+    from qtrain_kernels.fp8_scaled_mm import fp8_scaled_mm
     from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
 
     n = int(_SIZE[device_type] * scale)
@@ -53,10 +54,13 @@ def _gemms(device_type: str, scale: float) -> tuple[dict[str, float], float]:
         "bf16": lambda: half @ half.t(),
         "fp32": lambda: single @ single.t(),
     }
+    ones = torch.ones(n, device=device_type)
     if device_type in int8_scaled_mm.kernels:
         codes = torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device_type)
-        ones = torch.ones(n, device=device_type)
         runs["int8"] = lambda: int8_scaled_mm(codes, codes, ones, ones, None, torch.bfloat16)
+    if int(capability or 0) in FP8_CAPABILITIES:
+        floats = single.to(torch.float8_e4m3fn)
+        runs["fp8"] = lambda: fp8_scaled_mm(floats, floats, ones, ones, None, torch.bfloat16)
     rates = {name: 2e-12 * n**3 / median_seconds(run, device_type) for name, run in runs.items()}
     narrow = half[: max(1, n // 4), : max(1, n // 4)].contiguous()
     seconds = median_seconds(lambda: half[:, : narrow.shape[1]] @ narrow.t(), device_type)
@@ -117,11 +121,12 @@ def calibrated(
     )
     elementwise = _elementwise(kind, scale)
     quantize = _quantize_bytes_per_s(torch.randn(max(1024, int(_ELEMENTS[kind] * scale)), device=kind))
-    tiny, (rates, narrow) = _overhead(kind), _gemms(kind, scale)
+    capability = None if kind == "cpu" else float("{}.{}".format(*torch.cuda.get_device_capability()))
+    tiny, (rates, narrow) = _overhead(kind), _gemms(kind, capability, scale)
     return Device(
         name=_name(kind),
         type=kind,
-        capability=None if kind == "cpu" else float("{}.{}".format(*torch.cuda.get_device_capability())),
+        capability=capability,
         memory_gib=_memory(kind) / GIB,
         peak_tflops={},
         gemm_tflops=rates,

@@ -9,7 +9,13 @@
     fsdp2      a micro-batch: all-gather of every block before its forward and before its backward, reduce-scatter of its gradient,
                all in float32: what a block gathers are the masters
 
-What travels as codes (``LowBits``) counts its bits and scales; encoding it is not counted.
+What travels as codes (``LowBits``) counts its bits and scales; encoding it is not counted. Codes cannot be added on the way, so
+gradients in low bits are no ring but an all-to-all of S bytes (and, under ddp, an all-gather back): over a node's network go the rows of
+each of its G cards, where a ring crosses it once,
+
+    all-to-all         max((G - 1) / N * S / link, G (N - G) / N * S / network), N - 1 hops
+
+and DDP's hook waits for them: nothing hides behind the backward.
 
 Volumes: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005, section 4.
 What reduce-scatter and all-gather cost a sharded step: ZeRO (Rajbhandari et al., 1910.02054, section 7): 1.5 times an all-reduce.
@@ -18,48 +24,49 @@ What reduce-scatter and all-gather cost a sharded step: ZeRO (Rajbhandari et al.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from qtrain.communication.row_format import RowFormat
+from qtrain.communication.settings import CommunicationSettings
 from qtrain.quant import QuantSpec
 
 from .devices import Device
 
 BUCKET_BYTES = 25 * 2**20  # torch.nn.parallel.DistributedDataParallel's bucket_cap_mb
-STRATEGIES = ("none", "ddp", "fsdp2")
+_COLUMNS = 4096  # of a row whose bytes are counted: its own scale is then a thousandth of float32's bytes
 
 
 @dataclass(frozen=True)
 class LowBits:
-    """gather, reduce: bytes that travel, of float32's. owed: bytes an element of the model that error feedback keeps."""
+    """gather, reduce: bytes that travel, of float32's; reduce None: float32, by torch's own collectives. owed: bytes an
+    element of the model that error feedback keeps of a phase of the reduction."""
 
     gather: float = 1.0
-    reduce: float = 1.0
+    reduce: float | None = None
     owed: int = 0
 
     @staticmethod
-    def of(trainer: Mapping[str, Any]) -> LowBits:
-        """From ``gather_weights``, ``reduce_gradients`` and ``error_feedback`` of a configuration's trainer, where it has
-        them. Raises ValueError for what is no spec."""
-        reduces = trainer.get("reduce_gradients") is not None
-        kept = {"float32": 4, "bfloat16": 2}.get(str(trainer.get("error_feedback")), 0)
+    def of(settings: CommunicationSettings) -> LowBits:
+        reduces = settings.reduce_gradients is not None
+        kept = {"float32": 4, "bfloat16": 2, None: 0}[settings.error_feedback]
         return LowBits(
-            _share(trainer.get("gather_weights")),
-            _share(trainer.get("reduce_gradients")),
+            1.0 if settings.gather_weights is None else _share(settings.gather_weights),
+            _share(settings.reduce_gradients) if reduces else None,
             kept if reduces else 0,
         )
+
+    def owed_bytes(self, elements: int, strategy: str, processes: int) -> int:
+        """That a process keeps: what it owes of the whole gradient, and under ddp of its rows of the mean."""
+        return self.owed * (elements + (elements // processes if strategy == "ddp" else 0))
 
 
 FLOAT32 = LowBits()
 
 
-def _share(value: Any) -> float:
-    """Bits of a code and of its share of a float32 scale, over 32. Scales of whole rows are too few to count."""
-    if value is None:
-        return 1.0
-    spec = QuantSpec.of(value)
-    return (spec.bits + (32 / spec.blocks.columns if spec.blocks.columns else 0)) / 32
+def _share(spec: QuantSpec) -> float:
+    """Bytes of codes, scales and zero points of a row, of float32's."""
+    return RowFormat(_COLUMNS, spec).row_bytes / (4 * _COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,14 @@ class Cluster:
         """All-gather or reduce-scatter."""
         hops = (self.gpus - 1) * self.hop_us * 1e-6
         return self.gather_bytes(nbytes) / (self.gb_per_s * 1e9) + hops
+
+    def exchange_seconds(self, nbytes: float) -> float:
+        """All-to-all: every process sends each other one its rows of ``nbytes``."""
+        device = self.device
+        outside = nbytes * max(0, self.gpus - device.gpus_per_node) / self.gpus
+        inside = (self.gather_bytes(nbytes) - outside) / device.link_gb_per_s
+        across = outside * device.gpus_per_node / device.node_gb_per_s
+        return max(inside, across) * 1e-9 + (self.gpus - 1) * self.hop_us * 1e-6
 
     def reduce_bytes(self, nbytes: float) -> float:
         return 2 * self.gather_bytes(nbytes)
@@ -126,8 +141,13 @@ def of_ddp(
     if cluster.gpus == 1:
         return NOTHING
     buckets = max(1, math.ceil(gradient_bytes / BUCKET_BYTES))
-    gradient_bytes *= low_bits.reduce
-    one = cluster.reduce_seconds(gradient_bytes / buckets)
+    if low_bits.reduce is None:
+        one = cluster.reduce_seconds(gradient_bytes / buckets)
+    else:
+        gradient_bytes *= low_bits.reduce
+        one = cluster.exchange_seconds(gradient_bytes / buckets)
+        one += cluster.gather_seconds(gradient_bytes / buckets)
+        overlaps = False
     seconds = buckets * one
     exposed = max(seconds - backward_seconds, one) if overlaps else seconds
     return Communication(cluster.reduce_bytes(gradient_bytes), seconds, exposed)
@@ -148,18 +168,17 @@ def of_fsdp2(
     if cluster.gpus == 1:
         return NOTHING
     gather = sum(cluster.gather_seconds(low_bits.gather * block) for block in blocks)
-    reduce = sum(cluster.gather_seconds(low_bits.reduce * block) for block in blocks)
-    outer_gather, outer_reduce = (
-        cluster.gather_seconds(outer),
-        cluster.gather_seconds(low_bits.reduce * outer),
-    )
+    share = 1.0 if low_bits.reduce is None else low_bits.reduce
+    scatter_seconds = cluster.gather_seconds if low_bits.reduce is None else cluster.exchange_seconds
+    reduce = sum(scatter_seconds(share * block) for block in blocks)
+    outer_gather, outer_reduce = cluster.gather_seconds(outer), scatter_seconds(share * outer)
     forward, backward = gather + outer_gather, gather + reduce + outer_reduce
     first = cluster.gather_seconds(low_bits.gather * blocks[0]) if blocks else 0.0
-    last = cluster.gather_seconds(low_bits.reduce * blocks[0]) if blocks else 0.0
+    last = scatter_seconds(share * blocks[0]) if blocks else 0.0
     exposed = outer_gather + first + max(0.0, gather - first - forward_seconds)
     exposed += last + max(0.0, backward - last - backward_seconds)
     whole = sum(blocks)
-    sent = cluster.gather_bytes(low_bits.gather * 2 * whole + outer + low_bits.reduce * (whole + outer))
+    sent = cluster.gather_bytes(low_bits.gather * 2 * whole + outer + share * (whole + outer))
     return Communication(
         micro_batches * sent,
         micro_batches * (forward + backward),

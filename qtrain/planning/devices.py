@@ -13,6 +13,7 @@ from typing import Any
 
 GIB = 1 << 30
 PRECISIONS = ("bf16", "fp32", "int8", "fp8")
+FP8_CAPABILITIES = (9, 10)  # of CUDA, the major ones that have kernels (qtrain_kernels.fp8_scaled_mm_triton)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +98,15 @@ class Device:
         try:
             return Device(**{str(key): value for key, value in config.items()})
         except TypeError as error:
-            raise ValueError(f"device: {error}") from error
+            raise ValueError(f"hardware: {error}") from error
 
     def lacks(self, kind: str) -> str:
         """Why codes of this kind (``int8``, ``fp8``) have no kernel here; empty where they have."""
         if kind not in self.gemm_tflops:
             return f"{self.name} multiplies no {kind}"
-        if kind == "fp8" and (self.type != "cuda" or (self.capability or 0.0) < 9.0):
-            return f"fp8 runs natively on GPUs of capability 9.0 and later, not on {self.name}"
+        if kind == "fp8" and int(self.capability or 0) not in FP8_CAPABILITIES:
+            majors = " and ".join(map(str, FP8_CAPABILITIES))
+            return f"fp8 runs natively on GPUs of capability {majors}, not on {self.name}"
         return ""
 
     def gemm_seconds(self, precision: str, flops: float, nbytes: float) -> float:

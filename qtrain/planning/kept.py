@@ -19,7 +19,7 @@ from qtrain.nn.linear import QuantizedLayer
 from .operations import Tracker
 
 
-def kind_of(module: nn.Module | None, name: str) -> str:
+def kind_of(module: nn.Module) -> str:
     """What of a model a module is, for the table."""
     lowered = type(module).__name__.lower()
     if isinstance(module, nn.Linear | QuantizedLayer) or lowered == "conv1d":
@@ -72,7 +72,7 @@ class KeptFor:
     def watching(self) -> Iterator[None]:
         handles = []
         for name, module in self.model.named_modules():
-            kind = kind_of(module, name)
+            kind = kind_of(module)
             if kind == "other" and name:
                 continue
             handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: self._stack.append(kind)))

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .operations import GEMM
 from .optimizer_states import OptimizerBytes
 from .trace import Piece, StepTrace
 
@@ -151,7 +150,3 @@ def grows_linearly(small: StepTrace, large: StepTrace, sequences: int) -> StepTr
     return StepTrace(
         piece(small.embed, large.embed), blocks, piece(small.head, large.head), sequences * small.tokens
     )
-
-
-def gemm_flops(piece: Piece) -> float:
-    return sum(o.flops for o in (*piece.forward, *piece.backward) if o.kind == GEMM)

@@ -10,7 +10,6 @@ inside of a kernel is not seen, nor are the allocator's rounding and fragments.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
@@ -213,12 +212,15 @@ def _visible(operation: Operation) -> bool:
 
 def fused_bytes(operations: Iterable[Operation], kept: Iterable[int] = ()) -> Iterator[tuple[Operation, int]]:
     """Operations and the bytes that each moves where neighbours that are elementwise are one kernel: what lies between two
-    of them is not written unless a library's kernel reads it or it is ``kept`` (storages); each run of neighbours reads a tensor once."""
+    of them is not written unless a library's kernel or a later run of neighbours reads it, or it is ``kept`` (storages); each
+    run reads a tensor once."""
     ops = list(operations)
     seen_outside = set(kept)
+    made_in_run: set[int] = set()
     for operation in ops:
-        if _visible(operation):
-            seen_outside.update(key for key, _ in operation.read)
+        visible = _visible(operation)
+        seen_outside.update(key for key, _ in operation.read if visible or key not in made_in_run)
+        made_in_run = set() if visible else made_in_run | {key for key, _ in operation.written}
     made_inside: set[int] = set()
     read_once: set[int] = set()
     for operation in ops:
@@ -236,7 +238,3 @@ def fused_bytes(operations: Iterable[Operation], kept: Iterable[int] = ()) -> It
             if key in seen_outside:
                 moved += nbytes
         yield operation, moved
-
-
-def total_flops(operations: Iterable[Operation]) -> float:
-    return math.fsum(operation.flops for operation in operations)

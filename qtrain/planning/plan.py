@@ -174,8 +174,10 @@ class _Memory:
         self.sharding, self.optimizer = cache(self._sharding), cache(self._optimizer)
 
     def _sharding(self, strategy: str | None = None) -> Sharding:
-        found = sharding_of(self.model, strategy or self.inputs.strategy, self.inputs.gpus)
-        return dataclasses.replace(found, owed=self.inputs.low_bits.owed * found.weights // 4)
+        inputs = self.inputs
+        found = sharding_of(self.model, strategy or inputs.strategy, inputs.gpus)
+        owed = inputs.low_bits.owed_bytes(found.weights // 4, found.strategy, inputs.gpus)
+        return dataclasses.replace(found, owed=owed)
 
     def _optimizer(self, strategy: str | None = None) -> OptimizerBytes:
         shards = self.inputs.gpus if (strategy or self.inputs.strategy) == "fsdp2" else 1
@@ -251,7 +253,9 @@ def _plan_run(inputs: Inputs, name: str, recipe: ModelRecipe) -> RunPlan:
     )  # fmt: skip
     parameters = sum(p.numel() for p in at.model.parameters())
     whole_states = at.optimizer("none").states if sharded > 1 else optimizer.states
-    interval = checkpoint_interval(inputs.failures, inputs.gpus, sharding.weights + whole_states)
+    # What every process owes is saved as well
+    saved = sharding.weights + whole_states + inputs.gpus * sharding.owed
+    interval = checkpoint_interval(inputs.failures, inputs.gpus, saved)
     spent = budget(
         parameters, inputs.batch_sequences * inputs.sequence_tokens, time.total, inputs.gpus,
         tokens=tokens_of(parameters, inputs.tokens, inputs.target_loss, inputs.law), law=inputs.law, lost=interval.lost,

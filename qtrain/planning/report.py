@@ -53,7 +53,7 @@ def memory_rows(plan: RunPlan) -> list[tuple[str, int]]:
         ("gradients", memory.gradients_at_peak),
         ("optimizer states", memory.states),
     ]
-    rows.append(("gathers and buckets", memory.buffers))
+    rows.append(("gathers, buckets, residuals", memory.buffers))
     if memory.phase != "optimizer":
         rows += [
             (f"kept: {kind}", nbytes)
@@ -135,7 +135,7 @@ def _run_table(inputs: Inputs, plans: Sequence[RunPlan], width: int) -> str:
     if device.sources:
         lines.append(f"the rest: {device.sources}")
     if device.price_per_hour is None:
-        lines.append("cost: give the price of one GPU, as in device.price_per_hour=2.5")
+        lines.append("cost: give the price of one GPU, as in hardware.price_per_hour=2.5")
     for plan in plans:
         lines += [f"WARNING {plan.name}: {text}" for text in plan.warnings]
     return text + "\n".join(lines)

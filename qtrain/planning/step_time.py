@@ -23,14 +23,6 @@ _CLIPPING_BYTES = 12  # an element: the norm reads a gradient, scaling reads and
 
 
 @dataclass(frozen=True)
-class PieceTime:
-    """Seconds of one piece, by what takes them, forward and backward."""
-
-    forward: Mapping[str, float]
-    backward: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class StepTime:
     """Seconds of a step by what takes them; ``total``; host: of Python, where the code is eager and that is longer than all else it computes, else 0; tokens_per_s: of all
     processes. mfu: None where the FLOPs a token are unknown."""

@@ -67,6 +67,22 @@ def test_gpus_are_nodes_and_share_the_batch(tmp_path: Path) -> None:
     assert sharded["plans"][0]["time"]["communication"]["sent_bytes"] > 0
 
 
+def test_what_travels_as_codes_is_in_the_plan(tmp_path: Path) -> None:
+    exact, low = (planned(tmp_path, "gpus=2", f"trainer={t}")["plans"][0] for t in ("ddp", "ddp_int8"))
+    sent = [plan["time"]["communication"]["sent_bytes"] for plan in (exact, low)]
+    assert sent[1] == pytest.approx((8 + 32 / 128) / 32 * sent[0])
+    gradients = exact["memory"]["gradients"]
+    assert low["memory"]["buffers"] == exact["memory"]["buffers"] + 1.5 * gradients, (
+        "e, and d of half of the rows"
+    )
+    more = [plan["interval"]["write_seconds"] for plan in (low, exact)]
+    assert (more[0] - more[1]) * 2e9 == pytest.approx(2 * 1.5 * gradients), "both processes' are saved"
+    whole, coded = (planned(tmp_path, "gpus=2", f"trainer={t}")["plans"][0] for t in ("fsdp2", "fsdp2_int8"))
+    assert coded["memory"]["buffers"] == whole["memory"]["buffers"], "errors are forgotten"
+    ratio = coded["time"]["communication"]["sent_bytes"] / whole["time"]["communication"]["sent_bytes"]
+    assert 0.26 < ratio < 0.5, "embeddings and the head are gathered in float32"
+
+
 def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) -> None:
     found = planned(tmp_path, "hardware.memory_gib=0.025", "overhead_gib=0")
     settings, plan = found["settings"], found["plans"][0]

@@ -60,4 +60,5 @@ def test_which_layers_lose_nothing():
     ):
         assert not gathers_exactly(other, spec)
     assert not gathers_exactly(recipe("int8_row_sr", "fprop"), QuantSpec.parse("int8_row_sr"))
+    assert not gathers_exactly(recipe("dynamic8_row", "fprop"), QuantSpec.parse("dynamic8_row"))
     assert not gathers_exactly(recipe("int8_row_asym", "fprop"), QuantSpec.parse("int8_row_asym"))

@@ -79,6 +79,15 @@ def test_quantizing_what_arrived_gives_the_codes_of_the_master(text):
     assert torch.equal(once.codes, again.codes)
 
 
+def test_a_format_that_ends_nearer_below_zero_does_not():
+    """Why ``gathers_exactly`` leaves dynamic8 out: its largest value is 1, its least one -0.993."""
+    spec = QuantSpec.parse("dynamic8_row")
+    x = torch.tensor([[-1.0, 0.3, 0.1], [1.0, 0.3, 0.1]])
+    form = RowFormat(3, spec)
+    once, again = quantize(x, spec), quantize(form.decode(form.encode(x)), spec)
+    assert (once.scale == again.scale).flatten().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("largest", [127.0, 7.0, 3.0, 448.0, 6.0, 28.0, 57344.0])
 def test_a_scale_is_found_again_for_every_mantissa(largest):
     """What the one above rests on."""

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 from round_device import plain_device
 
-from qtrain.planning.communication import BUCKET_BYTES, NOTHING, Cluster, LowBits, of_ddp, of_fsdp2
+from qtrain.communication.settings import CommunicationSettings
+from qtrain.planning.communication import BUCKET_BYTES, FLOAT32, NOTHING, Cluster, LowBits, of_ddp, of_fsdp2
 
 MIB = 2**20
 
@@ -84,16 +85,47 @@ def test_latency_grows_with_the_ring() -> None:
 
 def test_codes_travel_with_their_scales() -> None:
     low = LowBits.of(
-        {"gather_weights": "int8_row", "reduce_gradients": "int4_group128", "error_feedback": "bfloat16"}
+        CommunicationSettings(
+            gather_weights="int8_row", reduce_gradients="int4_group128", error_feedback="bfloat16"
+        )
     )
-    assert (low.gather, low.reduce, low.owed) == (8 / 32, (4 + 32 / 128) / 32, 2)
-    assert LowBits.of({"devices": 8}) == LowBits()
-    assert LowBits.of({"gather_weights": None, "error_feedback": "float32"}) == LowBits(), "nothing is owed"
+    assert (low.gather, low.reduce, low.owed) == (8 / 32 + 1 / 4096, (4 + 32 / 128) / 32, 2)
+    assert LowBits.of(CommunicationSettings()) == LowBits(), "nothing is owed"
+    mx = LowBits.of(CommunicationSettings(reduce_gradients="mxfp8", error_feedback=None))
+    assert mx == LowBits(reduce=(8 + 8 / 32) / 32), "scales of a byte"
     two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
-    assert of_ddp(two, 1e9, 0.0, overlaps=False, low_bits=low).sent_bytes == pytest.approx(1e9 * low.reduce)
+    four_bits = of_ddp(two, 1e9, 100.0, overlaps=True, low_bits=low)
+    assert four_bits.sent_bytes == pytest.approx(1e9 * (4 + 32 / 128) / 32)
+    # An all-to-all and an all-gather, half of the codes each; DDP's hook waits
+    assert four_bits.exposed_seconds == four_bits.seconds == pytest.approx((4 + 32 / 128) / 32)
     found = of_fsdp2(two, [1e9, 1e9], 2e9, 1, 0.0, 0.0, LowBits(gather=0.5, reduce=0.25))
     # blocks gathered twice at a half, the outer once in float32; both reduced at a quarter; half of each is sent
     assert found.sent_bytes == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2)
     assert found.seconds == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2 / 1e9)
-    with pytest.raises(ValueError, match="int9"):
-        LowBits.of({"reduce_gradients": "int9_row"})
+
+
+def test_codes_go_over_a_nodes_network_once_a_card() -> None:
+    """16 processes in nodes of 4: each sends 12/16 to other nodes, and four share what leaves theirs."""
+    many = cluster(16, gpus_per_node=4, link_gb_per_s=100.0, node_gb_per_s=20.0, node_us=5.0)
+    assert many.exchange_seconds(16e9) == pytest.approx(4 * 12e9 / 20e9 + 15 * 5e-6)
+    assert many.gather_seconds(16e9) == pytest.approx(15e9 / 20e9 + 15 * 5e-6), "a ring's crosses it once"
+    inside = cluster(4, gpus_per_node=4, link_gb_per_s=100.0, node_gb_per_s=1.0, link_us=0.0)
+    assert inside.exchange_seconds(16e9) == pytest.approx(12e9 / 100e9)
+    slow_links = cluster(8, gpus_per_node=4, link_gb_per_s=1.0, node_gb_per_s=1e3, node_us=0.0)
+    assert slow_links.exchange_seconds(16e9) == pytest.approx(6e9 / 1e9), (
+        "the other half leaves by the network"
+    )
+    at_once = cluster(16, gpus_per_node=4, link_gb_per_s=100.0, node_gb_per_s=20.0)
+    exact, quarter = (
+        of_fsdp2(at_once, [16e9], 0.0, 1, 0.0, 0.0, low) for low in (FLOAT32, LowBits(reduce=0.25))
+    )
+    assert quarter.sent_bytes == pytest.approx((2 + 0.25) / 3 * exact.sent_bytes)
+    assert exact.seconds == pytest.approx(3 * 15e9 / 20e9)
+    assert quarter.seconds == pytest.approx(2 * 15e9 / 20e9 + 4 * 3e9 / 20e9)
+
+
+def test_what_is_owed_is_the_gradient_and_under_ddp_rows_of_the_mean() -> None:
+    low = LowBits(reduce=0.25, owed=4)
+    assert low.owed_bytes(1000, "ddp", 2) == 4 * 1500
+    assert low.owed_bytes(1000, "fsdp2", 2) == 4 * 1000
+    assert LowBits(reduce=0.25).owed_bytes(1000, "ddp", 2) == 0

@@ -30,7 +30,10 @@ def test_a_gemm_takes_the_longer_of_its_products_and_its_bytes() -> None:
 
 def test_what_a_device_lacks() -> None:
     assert plain_device().lacks("fp8") == ""
-    assert "capability 9.0" in dataclasses.replace(plain_device(), capability=8.9).lacks("fp8")
+    for capability in (8.9, 12.0):
+        assert "capability 9 and 10" in dataclasses.replace(plain_device(), capability=capability).lacks(
+            "fp8"
+        )
     assert "multiplies no fp8" in dataclasses.replace(
         plain_device(), gemm_tflops={"bf16": 1.0, "fp32": 1.0}
     ).lacks("fp8")

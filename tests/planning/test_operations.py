@@ -80,6 +80,14 @@ def test_fusing_writes_what_a_product_reads_and_nothing_between() -> None:
     ]
     kept = {tracker.operations[1].written[0][0]}  # x * 2 + 1, for a backward
     assert dict(fused_bytes(tracker.operations, kept))[tracker.operations[1]] == 4000
+    with Tracker() as tracker:
+        y = x * 2
+        x @ w
+        y + 1
+    moved = [(o.name.removeprefix("aten::"), n) for o, n in fused_bytes(tracker.operations)]
+    assert moved == [("mul", 4000 + 4000), ("mm", 4000 + 400 + 4000), ("add", 4000)], (
+        "what a later run reads was written"
+    )
 
 
 def test_what_weights_alone_made() -> None:
