@@ -210,9 +210,20 @@ class Slurm:
         return self.job(name).get("JobState", "UNKNOWN")
 
     def wait(self, name: str, state: str, seconds: float = 300.0) -> dict[str, str]:
-        """Until the job is in ``state``; what SLURM then says of it."""
+        """Until the job is in ``state``; what SLURM then says of it. Raises TimeoutError, at once where the job has ended
+        otherwise for good."""
+        before = ""
+
+        def there() -> bool:
+            nonlocal before
+            now = self.state(name)
+            if now == before != state and now in ("COMPLETED", "FAILED", "TIMEOUT"):
+                raise TimeoutError(f"job {name} is not to be {state}")
+            before = now
+            return now == state
+
         try:
-            until(lambda: self.state(name) == state, f"job {name} in state {state}", seconds)
+            until(there, f"job {name} in state {state}", seconds)
         except TimeoutError as error:
             raise TimeoutError(f"{error}; it is {self.job(name)}\n{self.log()}") from None
         return self.job(name)
