@@ -89,11 +89,15 @@ def _check(cfg: DictConfig, *, here: bool) -> None:
         check_pretrained(parts.model_config)
 
 
-def started_with() -> list[str] | None:
-    """The words of the command line that this run, of a sweep this arm, was started with; None outside of a command."""
+def started_with(run: str | None) -> list[str] | None:
+    """The words of the command line that this run, of a sweep this arm, was started with; None outside of a command. run: its
+    name, in the place of a template that means something to the sweep alone."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+    if not HydraConfig.initialized():
+        return None
+    words = HydraConfig.get().overrides.task
+    return [f"run={run}" if word.startswith("run=") and "$" in word else word for word in words]
 
 
 def run(cfg: DictConfig) -> int:
@@ -104,7 +108,7 @@ def run(cfg: DictConfig) -> int:
     from qtrain.training.run_folder import STARTED_WITH
 
     config = plain(cfg)
-    os.environ[STARTED_WITH] = json.dumps(started_with())
+    os.environ[STARTED_WITH] = json.dumps(started_with(config["run"]))
     processes = ProcessSettings.of(config["trainer"])
     if processes.starts_others:
         return launch(config, f"{__name__}:run_rank", processes.devices)

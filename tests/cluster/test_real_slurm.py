@@ -79,14 +79,21 @@ def verdict(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "verdict.json").read_text())
 
 
-def halt(folder: Path, step: int = 5) -> int:
-    """Stops the run's process in the middle of its steps, until it gets SIGCONT; by its pid, since SLURM would remember that a
-    job was stopped. Returns the pid."""
-    until(lambda: steps_of(folder) >= step, f"step {step} of {folder}")
-    pid = attempts(folder)[-1]["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    assert steps_of(folder) < STEPS, "the run was over before it could be halted"
-    return pid
+def halt(*folders: Path, step: int = 5) -> list[int]:
+    """Stops the processes of runs in the middle of their steps, each as soon as it is there, until they get SIGCONT; by their
+    pids, since SLURM would remember that a job was stopped. Returns the pids."""
+    pids: dict[Path, int] = {}
+
+    def there() -> bool:
+        for folder in folders:
+            if folder not in pids and steps_of(folder) >= step:
+                pids[folder] = attempts(folder)[-1]["pid"]
+                os.kill(pids[folder], signal.SIGSTOP)
+                assert steps_of(folder) < STEPS, "the run was over before it could be halted"
+        return len(pids) == len(folders)
+
+    until(there, f"step {step} of {', '.join(map(str, folders))}")
+    return [pids[folder] for folder in folders]
 
 
 def signalled(pid: int, signum: int) -> bool:
@@ -143,8 +150,7 @@ def test_a_preempted_sweep_ends_as_if_nothing_had_happened(cluster: Slurm, place
             ["resume=auto", f"run={Path(arm['folder']).name}"] for arm in sweep["arms"]
         ]
         folders = [place / arm["folder"] for arm in sweep["arms"]]
-        for folder in folders:
-            halt(folder)
+        halt(*folders)
         cluster.wait(cluster.sbatch("urgent.sbatch", cwd=place), "COMPLETED")
         assert waiting.wait(600) == 0, (place / "sweep.log").read_text()
     finally:
@@ -168,7 +174,7 @@ def test_a_preempted_sweep_ends_as_if_nothing_had_happened(cluster: Slurm, place
 def test_near_its_time_limit_a_job_requeues_itself_and_completes(cluster: Slurm, place: Path) -> None:
     folder = run_folder(place, "limited")
     job = submit(cluster, place, "limited", "--signal=USR1@70")
-    pid = halt(folder)
+    (pid,) = halt(folder)
     # Ninety seconds are left: SLURM's next look, within thirty, finds the last seventy near
     cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+90")
     until(lambda: signalled(pid, signal.SIGUSR1), "SLURM's signal", 90)

@@ -182,3 +182,19 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(tiny, monk
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"makes 2 process.* started 3"):
         train.check(composed(*tiny, "trainer=ddp"))
+
+
+def test_an_attempt_s_words_name_its_run(monkeypatch):
+    """A sweep's template of names (run='r${hydra:job.num}') means nothing to whoever goes on with one run of it."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    assert train.started_with("r3") is None
+    words = ["w=int8_row", "run=r$\\{hydra:job.num\\}", "name=n"]
+    config = OmegaConf.create({"overrides": {"task": words}})
+    monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: config))
+    assert train.started_with("r3") == ["w=int8_row", "run=r3", "name=n"]
+    words[1] = "run=mine"
+    config.overrides.task = words
+    assert train.started_with("mine") == words
