@@ -189,6 +189,7 @@ def test_an_attempt_s_words_name_its_run(monkeypatch):
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: False))
     assert train.started_with("r3") is None
     words = ["w=int8_row", "run=r$\\{hydra:job.num\\}", "name=n"]
     config = OmegaConf.create({"overrides": {"task": words}})
