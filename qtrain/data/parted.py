@@ -23,7 +23,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from qtrain.data.prepare import (
     trained,
 )
 from qtrain.data.progress import Progress, no_progress
-from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, write_shards, writing
+from qtrain.data.shard_writer import DEFAULT_SHARD_TOKENS, ShardWriter, write_shards, writing
 from qtrain.data.shards import TokenShards, TokenSplit
 from qtrain.data.sources import SharedSource, SourceError
 from qtrain.data.splits import Assignment, Scan, Side, WindowTable
@@ -167,13 +167,7 @@ class PartedPreparation:
         if not place.exists():
             tokenizer, share = load_tokenizer(self.work / TOKENIZER), self.source.share(part, self.parts)
             described: dict[str, Any] = {}
-            with write_shards(
-                place,
-                tokenizer,
-                source=described,
-                settings=self.settings,
-                shard_tokens=self.settings["shard_tokens"],
-            ) as writer:
+            with self._writer(place, tokenizer, described) as writer:
                 counts = encode(
                     share, self._assignment(part), tokenizer, self.num_workers, writer, self.progress
                 )
@@ -203,6 +197,19 @@ class PartedPreparation:
                 self._clear()
             return open_prepared(self.root / name)
 
+    def _writer(
+        self, directory: Path, tokenizer: Tokenizer, described: dict[str, Any]
+    ) -> AbstractContextManager[ShardWriter]:
+        """described: kept in the manifest as it is when the folder is published, so that it may be filled until then."""
+        settings = self.settings
+        return write_shards(
+            directory,
+            tokenizer,
+            source=described,
+            settings=settings,
+            shard_tokens=settings["shard_tokens"],
+        )
+
     def _write(self, directory: Path, described: dict[str, Any]) -> None:
         found = [TokenShards.open(self._place("part", part)) for part in range(self.parts)]
         counts: Counter[Side] = Counter()
@@ -211,13 +218,7 @@ class PartedPreparation:
         splits.check_sides(counts, self.source.name, self.settings["val_fraction"])
         described["sides"] = {side.name.lower(): counts[side] for side in Side}
         tokenizer = load_tokenizer(self.work / TOKENIZER)
-        with write_shards(
-            directory,
-            tokenizer,
-            source=described,
-            settings=self.settings,
-            shard_tokens=self.settings["shard_tokens"],
-        ) as writer:
+        with self._writer(directory, tokenizer, described) as writer:
             for done, shards in enumerate(found, start=1):
                 for split in SPLITS:
                     tokens = getattr(shards, split)
