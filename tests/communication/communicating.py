@@ -9,7 +9,6 @@ in the parameters, so that the gradient of each process is a tensor that the tes
 from __future__ import annotations
 
 import math
-import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtrain.communication.low_bit import LowBitCommunication
 from qtrain.communication.settings import CommunicationSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from forked_ranks import fork_ranks
 
 WORLDS = (2, 4)
 # Rows that do not divide, fewer rows than processes, a vector, more than two dimensions, groups that do not divide
@@ -275,15 +277,8 @@ def run(folder: Path, world: int, rank: int) -> None:
 
 
 def main(folder: Path) -> None:
-    fork = multiprocessing.get_context("fork")
     for world in WORLDS:
-        workers = [fork.Process(target=run, args=(folder, world, rank)) for rank in range(world)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            sys.exit(f"{world} processes: exit codes {[worker.exitcode for worker in workers]}")
+        fork_ranks(world, run, folder, world)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Each leaves weights and full state dicts in FOLDER.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +24,9 @@ import torch
 from torch import nn
 
 from qtrain.optim import AdamW, check_shardable, fused, parameter_groups
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from forked_ranks import fork_ranks
 
 Parameters = dict[str, nn.Parameter]
 Place = Callable[[str, torch.Tensor], torch.Tensor]
@@ -286,15 +288,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for case in STATES:  # so that what is imported and cached at the first step is there before the forks
         train(*build(case, as_it_is), range(1))
-    fork = multiprocessing.get_context("fork")
     for stage, (world, _, _) in STAGES.items():
-        workers = [fork.Process(target=run, args=(folder, stage, rank)) for rank in range(world)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            sys.exit(f"stage {stage}: exit codes {[worker.exitcode for worker in workers]}")
+        fork_ranks(world, run, folder, stage)
 
 
 if __name__ == "__main__":
