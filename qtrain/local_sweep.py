@@ -19,8 +19,7 @@ def announce(command: str, checks: Overrides, as_job: Callable[[DictConfig, int]
     runs = checks.combinations(multirun=True)
     config = checks.compose(runs[0])
     section = config.hydra
-    submits = "slurm" in str(section.launcher.get("_target_")).lower()
-    if submits or "Basic" not in section.sweeper.get("_target_", ""):
+    if submission.submits(config) or "Basic" not in section.sweeper.get("_target_", ""):
         return []
     folders: list[str | None] = [None] * len(runs)  # named when they start
     if config.get("run") is not None:
