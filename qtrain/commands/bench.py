@@ -118,6 +118,8 @@ def run(cfg: DictConfig) -> int:
         from . import bench_data
 
         return bench_data.run(cfg)
+    from qtrain.training.run_folder import write_text
+
     device = _device(cfg)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
@@ -125,7 +127,8 @@ def run(cfg: DictConfig) -> int:
 
     def save(found: dict[str, Any]) -> None:
         report.update(found)
-        write_atomically(path, json.dumps(report, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(report, indent=1))
 
     if cfg.what == "instruments":
         found = bench_instruments.measured(Path(cfg.run))
@@ -342,11 +345,3 @@ def commit() -> str | None:
         return None
     dirty = "-dirty" if git("status", "--porcelain", "-uno").stdout.strip() else ""
     return git("rev-parse", "HEAD").stdout.strip() + dirty
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader of ``path`` sees the old file or the whole new one. Folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

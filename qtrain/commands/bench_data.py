@@ -58,6 +58,8 @@ def _plan(config: Mapping[str, Any]) -> Any:
 
 def run(cfg: DictConfig) -> int:
     """Prints the table and writes the JSON file."""
+    from qtrain.training.run_folder import write_text
+
     from . import bench
     from .train import plain
 
@@ -79,7 +81,8 @@ def run(cfg: DictConfig) -> int:
     }
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"data_{stamp}.json"
-    bench.write_atomically(path, json.dumps(report, indent=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(report, indent=1))
     print(table(row))
     print(", ".join(f"{k} {report[k]}" for k in ("device", "threads", "torch", "commit")))
     print(f"written to {path}")

@@ -202,7 +202,6 @@ def check(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> int:
     """0; 1 where the planned recipe does not fit; of check=true 1 where what must be exact is not."""
-    from qtrain.commands.bench import write_atomically
     from qtrain.planning import report
 
     config = plain(cfg)
@@ -212,7 +211,7 @@ def run(cfg: DictConfig) -> int:
         found = checks.measured(_named_device("h200"))
         print(checks.table(found))
         if config["json"]:
-            write_atomically(Path(config["json"]), json.dumps(checks.as_numbers(found), indent=1) + "\n")
+            _write(Path(config["json"]), checks.as_numbers(found))
         return 0 if checks.exact(found) else 1
     from qtrain.planning.plan import with_micro_batch
 
@@ -224,12 +223,19 @@ def run(cfg: DictConfig) -> int:
         print(f"{name} is not planned: {why}")
     if config["json"]:
         numbers = report.as_numbers(inputs, plans, refused)
-        write_atomically(Path(config["json"]), json.dumps({"config": config, **numbers}, indent=1) + "\n")
+        _write(Path(config["json"]), {"config": config, **numbers})
     if config["png"]:
         from qtrain.planning import figure
 
         figure.save(inputs, plans, Path(config["png"]))
     return 0 if plans[0].fits else 1
+
+
+def _write(path: Path, numbers: Any) -> None:
+    from qtrain.training.run_folder import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(numbers, indent=1) + "\n")
 
 
 def planned(inputs: Inputs, recipes: dict[str, ModelRecipe]) -> tuple[list[RunPlan], dict[str, str]]:
