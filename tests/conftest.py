@@ -16,6 +16,8 @@ from typing import ClassVar
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # ``composition``
+
 TOY = '''
 """A command for tests."""
 from pathlib import Path

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composition import CONFIGS, composed
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -19,7 +18,6 @@ from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GROUPS = (
     "model", "data", "recipe", "optimizer", "schedule", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
@@ -38,11 +36,6 @@ NEEDED = {
     ],
 }
 RECIPES = [name for group, name in CHOICES if group == "recipe"]
-
-
-def composed(primary: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(primary, list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +105,7 @@ def test_every_primary_config_composes():
 
 @pytest.mark.parametrize("name", [f.stem for f in sorted((CONFIGS / "hydra" / "launcher").glob("*.yaml"))])
 def test_every_launcher_says_what_a_batch_script_takes(name):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", [f"hydra/launcher={name}"], return_hydra_config=True)
+    cfg = composed("train", f"hydra/launcher={name}", hydra=True)
     section = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
     Request.of(section)
 

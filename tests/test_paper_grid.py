@@ -12,12 +12,11 @@ says otherwise. With the paper's floors (1e-5, 1e-9, 1e-8) the equations are the
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composition import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -25,7 +24,6 @@ from qtrain.nn.surgery import apply_recipe
 from qtrain.quant import get_format
 from qtrain.training.assembly import assemble, build
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEPS = (
     "paper_weights",
     "paper_activations",
@@ -37,14 +35,9 @@ FLOORS = {"w": 1e-5, "a": 1e-5, "g": 1e-9, "m1": 1e-8, "m2": 1e-8}
 TINY = 2.0**-100
 
 
-def composed(*overrides: str, hydra: bool = False):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", list(overrides), return_hydra_config=hydra)
-
-
 def swept(sweep: str) -> dict[str, list[str]]:
     """knob -> its values, read as Hydra's sweeper reads them."""
-    params = composed(f"sweep={sweep}", hydra=True).hydra.sweeper.params
+    params = composed("train", f"sweep={sweep}", hydra=True).hydra.sweeper.params
     (texts,) = ([f"{k}={v}" for k, v in params.items()],)
     return {
         o.key_or_group: [str(v) for v in o.sweep_iterator()]
@@ -149,7 +142,7 @@ def assert_close(found, wanted) -> None:
 
 @pytest.mark.parametrize(("sweep", "knob", "value"), [c for c in CELLS if c[1] in "wag"])
 def test_a_cell_s_linear_step_is_the_paper_s(sweep: str, knob: str, value: str) -> None:
-    cfg = composed(f"sweep={sweep}", f"{knob}={value}", "compile=false", "seed=7")
+    cfg = composed("train", f"sweep={sweep}", f"{knob}={value}", "compile=false", "seed=7")
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     assert parts.settings.run == f"{knob}_{value}-seed7"
     knobs = {"w": "none", "a": "none", "g": "none", knob: value}
@@ -165,7 +158,9 @@ def test_with_the_paper_s_floors(bits: int, kind: str, scale: float) -> None:
     spec = f"{{format: int{bits}, granularity: %s, symmetric: {str(not kind).lower()}, min_scale: %g}}"
     texts = {"w": f"int{bits}_row{kind}", "a": f"int{bits}_row{kind}", "g": f"int{bits}_column{kind}"}
     overrides = [f"{k}={spec % (texts[k].split('_')[1], FLOORS[k])}" for k in texts]
-    recipe = build(OmegaConf.to_container(composed("recipe=qpt", *overrides), resolve=True)["recipe"])
+    recipe = build(
+        OmegaConf.to_container(composed("train", "recipe=qpt", *overrides), resolve=True)["recipe"]
+    )
     x, w, g = (scale * t for t in data())
     assert_close(linear_step(recipe, x, w, g), expected(texts, FLOORS, x, w, g))
     if scale < 1:
@@ -187,7 +182,9 @@ def gradients(steps: int = 4) -> list[np.ndarray]:
 @pytest.mark.parametrize(("sweep", "knob", "value"), [c for c in CELLS if c[1].startswith("m")])
 def test_a_cell_s_moment_is_the_paper_s(sweep: str, knob: str, value: str) -> None:
     """After each update the moment lies on the grid, from which the next update goes on."""
-    cfg = composed(f"sweep={sweep}", f"{knob}={value}", "compile=false", "optimizer.states.min_numel=0")
+    cfg = composed(
+        "train", f"sweep={sweep}", f"{knob}={value}", "compile=false", "optimizer.states.min_numel=0"
+    )
     parts = assemble(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     other = "m2" if knob == "m1" else "m1"
     assert (cfg[other], cfg.w, cfg.a, cfg.g) == ("none",) * 4
@@ -214,7 +211,11 @@ def test_a_second_moment_uses_all_codes_of_a_grid_without_sign() -> None:
     levels = {}
     for value in ("int8_row", "uint8_row", "int8_row_asym", "dynamic8_row"):
         cfg = composed(
-            "sweep=paper_second_moment", f"m2={value}", "optimizer.states.min_numel=0", "compile=false"
+            "train",
+            "sweep=paper_second_moment",
+            f"m2={value}",
+            "optimizer.states.min_numel=0",
+            "compile=false",
         )
         optimizer = assemble(OmegaConf.to_container(cfg, resolve=True)).optimizer.make(
             [{"params": [p := torch.nn.Parameter(torch.zeros(1, 5000))]}]
@@ -236,6 +237,7 @@ def test_the_paper_s_floor_alone_erases_a_small_second_moment() -> None:
     decoded = {}
     for name, floor in (("paper", 1e-8), ("ours", TINY)):
         cfg = composed(
+            "train",
             "optimizer=adamw",
             f"m2={{format: uint8, granularity: row, min_scale: {floor!r}}}",
             "compile=false",

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 
 from qtrain import cli
 from qtrain.commands import analyze, train
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

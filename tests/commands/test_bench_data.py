@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 from hydra.errors import HydraException
 
 from qtrain.commands import bench, bench_data
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
 
 def configured(*overrides):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("bench", ["what=data", "device=cpu", *overrides])
+    return composed("bench", "what=data", "device=cpu", *overrides)
 
 
 @pytest.fixture

@@ -8,18 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 
 from qtrain.commands import evaluate, generate, train
 from qtrain.training.checkpoints import write_checkpoint
 from qtrain.training.saved import checkpoint_of, read_checkpoint
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
+from composition import composed
 
 from qtrain.commands import evaluate, export, train
 from qtrain.data.tokenizers.huggingface import HuggingFaceTokenizer
@@ -17,13 +17,7 @@ from qtrain.training.checkpoints import write_checkpoint
 from qtrain.training.export import export_huggingface, weights_of
 from qtrain.training.saved import checkpoint_of, read_checkpoint, trained_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS = torch.arange(32).view(1, 32)
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

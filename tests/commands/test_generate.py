@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 
 from qtrain.commands import generate
 from qtrain.training.checkpoints import write_checkpoint
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(generate.CONFIG, list(overrides))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +16,7 @@ def composed(*overrides: str):
 def test_check_refuses(override, message, tmp_path):
     path = write_checkpoint(tmp_path, {"state_dict": {}}, step=1, tokens=1)
     with pytest.raises(ValueError, match=message):
-        generate.check(composed(f"checkpoint={path}", override))
+        generate.check(composed(generate.CONFIG, f"checkpoint={path}", override))
 
 
 def test_a_file_is_no_checkpoint(tmp_path):
@@ -33,4 +24,4 @@ def test_a_file_is_no_checkpoint(tmp_path):
 
     torch.save({"x": 1}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a\.ckpt is no checkpoint \(a folder with manifest\.json\)"):
-        generate.check(composed(f"checkpoint={tmp_path / 'a.ckpt'}"))
+        generate.check(composed(generate.CONFIG, f"checkpoint={tmp_path / 'a.ckpt'}"))

@@ -10,16 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import CONFIGS, composed
 
 from qtrain.commands import train
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 
-
-def composed(*overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(train.CONFIG, ["compile=false", "device=cpu", *overrides])
+def cpu(*overrides: str):
+    return composed(train.CONFIG, "compile=false", "device=cpu", *overrides)
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def tiny(tmp_path):
 
 
 def test_a_good_run_exits_with_0(tiny, tmp_path, capsys):
-    cfg = composed(*tiny)
+    cfg = cpu(*tiny)
     train.check(cfg)
     assert train.run(cfg) == 0
     shown = capsys.readouterr().out
@@ -67,7 +64,7 @@ def test_a_run_that_diverges_exits_with_3_and_no_trace(tiny, tmp_path, capsys, m
         return losses(self, batch) * (math.nan if bad else 1.0)
 
     monkeypatch.setattr(QuantizedTransformer, "token_losses", poisoned)
-    assert train.run(composed(*tiny)) == 3
+    assert train.run(cpu(*tiny)) == 3
     errors = capsys.readouterr().err
     assert "stopped: the loss of step 2 is nan" in errors
     assert "Traceback" not in errors
@@ -102,7 +99,7 @@ def test_a_run_that_diverges_exits_with_3_and_no_trace(tiny, tmp_path, capsys, m
 )
 def test_check_refuses(override, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        train.check(composed(*override.split()))
+        train.check(cpu(*override.split()))
 
 
 def test_check_does_not_import_lightning():
@@ -123,7 +120,7 @@ def test_check_does_not_import_lightning():
 def test_secrets_do_not_enter_the_configuration(override, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sekret-0123")
     with pytest.raises(ValueError, match=r"\$SOME_API_KEY"):
-        train.plain(composed(override))
+        train.plain(cpu(override))
 
 
 def losses(folder: Path) -> list[float]:
@@ -140,7 +137,7 @@ def ran(*words: str) -> subprocess.CompletedProcess:
 def test_a_sweep_of_runs_in_two_processes(tiny, tmp_path):
     one = tmp_path / "out" / "train" / "one"
     tiny = [*tiny[:-1], "precision=fp32"]
-    assert train.run(composed(*tiny, "run=one")) == 0
+    assert train.run(cpu(*tiny, "run=one")) == 0
     more = [
         "compile=false",
         "device=cpu",
@@ -170,7 +167,7 @@ def test_under_torchrun_sharded_and_compiled(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1
     one = tmp_path / "out" / "train" / "one"
-    assert train.run(composed(*tiny[:-1], "recipe=qpt", "run=eager")) == 0
+    assert train.run(cpu(*tiny[:-1], "recipe=qpt", "run=eager")) == 0
     # Compiled bfloat16 skips roundings
     assert losses(one) == pytest.approx(losses(one.parent / "eager"), rel=2e-3)
     census = json.loads((one / "census.json").read_text())
@@ -181,7 +178,7 @@ def test_under_torchrun_sharded_and_compiled(tiny, tmp_path):
 def test_another_number_of_processes_than_torchrun_started_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"makes 2 process.* started 3"):
-        train.check(composed(*tiny, "trainer=ddp"))
+        train.check(cpu(*tiny, "trainer=ddp"))
 
 
 def test_an_attempt_s_words_name_its_run(monkeypatch):

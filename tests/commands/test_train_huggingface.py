@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composition import composed
 from transformers import AutoConfig, LlamaForCausalLM
 
 from qtrain.commands import evaluate, generate, train
 from qtrain.training.checkpoints import checkpoint_name
 from qtrain.training.saved import checkpoint_of, read_checkpoint
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,11 +24,6 @@ LLAMA = {
     "vocab_size": 300,
     "max_position_embeddings": 64,
 }
-
-
-def composed(name: str, *overrides: str):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 @pytest.fixture(scope="module")

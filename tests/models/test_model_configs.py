@@ -1,17 +1,16 @@
 """Every configs/model/FAMILY_SIZE.yaml of ours builds a model of the size it is named after."""
 
 from dataclasses import MISSING, fields
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composition import CONFIGS, composed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from qtrain.models.decoder import DecoderConfig
 
-FOLDER = Path(__file__).parents[2] / "configs" / "model"
+FOLDER = CONFIGS / "model"
 FILES = [f for family in ("gpt", "llama") for f in sorted(FOLDER.glob(f"{family}_*.yaml"))]
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -25,8 +24,7 @@ def named_size(stem: str) -> tuple[float, float]:
 
 
 def config_of(stem: str) -> DecoderConfig:
-    with initialize_config_dir(str(FOLDER.parent), version_base="1.3"):
-        cfg = compose("bench", [f"model={stem}"]).model
+    cfg = composed("bench", f"model={stem}").model
     more = {"vocab_size": 257} if cfg.vocab_size is None else {}  # left to the tokenizer: bytes
     return instantiate(cfg, **more, _convert_="all")
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent))  # ``ranks``, which processes of their own import too
-CONFIGS = Path(__file__).parents[2] / "configs"
 WORDS = [
     "the",
     "a",
@@ -80,8 +79,7 @@ def configure(corpus, shards_root) -> Callable[..., dict[str, Any]]:
             "sample.max_new_tokens=4",
             f"out={out}",
         ]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", [*base, *overrides])
+        cfg = composed("train", *base, *overrides)
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
     return make
