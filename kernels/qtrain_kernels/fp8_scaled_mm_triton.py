@@ -29,7 +29,7 @@ from qtrain_kernels.scaled_mm_config import (
     choose,
     properties,
 )
-from qtrain_kernels.scaled_mm_triton import PREPARED, Run, fastest, prepare, problem, remember
+from qtrain_kernels.scaled_mm_launch_triton import PREPARED, Run, fastest, prepare, problem, remember
 
 
 def launch(

@@ -15,7 +15,7 @@ from qtrain_kernels import scaled_mm_triton
 from qtrain_kernels.aot import Build
 from qtrain_kernels.k_major_triton import k_major_build
 from qtrain_kernels.scaled_mm_config import HOPPER, Config, choose
-from qtrain_kernels.scaled_mm_triton import PREPARED, Run, fastest, prepare, problem, remember
+from qtrain_kernels.scaled_mm_launch_triton import PREPARED, Run, fastest, prepare, problem, remember
 
 
 def launch(

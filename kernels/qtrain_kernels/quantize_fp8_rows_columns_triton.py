@@ -6,15 +6,9 @@ from torch import Tensor
 
 from qtrain_kernels import quantize_fp8_rows_columns as declaration
 from qtrain_kernels.aot import Build
-from qtrain_kernels.quantize_rows_columns_triton import (
-    CODES_TILE,
-    Outputs,
-    Side,
-    _codes_kernel,
-    build,
-    quantize,
-)
+from qtrain_kernels.quantize_rows_columns_triton import Outputs, Side, build, quantize
 from qtrain_kernels.rounding_triton import E4M3, E5M2
+from qtrain_kernels.rows_columns_codes_triton import CODES_TILE, _codes_kernel
 
 NUMBERS = {"e4m3": E4M3.value, "e5m2": E5M2.value}
 
