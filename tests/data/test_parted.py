@@ -16,6 +16,8 @@ from qtrain.data.prepare import prepare
 from qtrain.data.sources import HuggingFaceSource, JsonLinesSource, SourceError, TextFilesSource
 from qtrain.data.tokenizers import BpeTraining, ByteTokenizer
 
+from .folder_contents import contents
+
 VAL, SHARD = 0.2, 3000
 
 
@@ -57,10 +59,6 @@ def sources(corpus, kind):
 
 def tokenizer_of(kind):
     return BpeTraining(vocab_size=300) if kind == "bpe" else ByteTokenizer()
-
-
-def contents(directory):
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def alone(source, tokenizer, place):

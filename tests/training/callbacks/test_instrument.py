@@ -15,8 +15,8 @@ from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.instrument import BatchSlice, Instrument, untouched, worst
 from qtrain.training.fit import train
 
+from ..crashed_run import HISTORY, NO_CENSUS, crash_then_resume
 from ..same_run import assert_same
-from ..test_resume import HISTORY, NO_CENSUS, crash_then_resume
 
 THEMES = ("stability", "quant_stats", "optimizer_states", "weights", "attention")
 OFF = [f"~callbacks.{theme}" for theme in THEMES]

@@ -9,7 +9,7 @@ from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.quant_stats import QuantStats
 from qtrain.training.fit import train
 
-from ..test_resume import crash_then_resume
+from ..crashed_run import crash_then_resume
 from ..wandb_records import read_run, records
 
 SMALL = ["model.width=32", "model.heads=2", "~callbacks.census", "callbacks.quant_stats.every_steps=2"]
