@@ -203,7 +203,11 @@ class Request:
 
     def before(self) -> list[str]:
         """The script's lines before srun."""
-        lines = ["trap : TERM"]  # of which bash would die, and it has to ask whether the job runs again
+        lines = [
+            "trap : TERM",  # of which bash would die, and it has to ask whether the job runs again
+            # sbatch passes the environment on: where W&B runs in it, its process is that of another machine, or has ended
+            "unset WANDB_SERVICE",
+        ]
         lines += [f"module load {shlex.quote(module)}" for module in self.modules]
         # In double quotes, so that $USER and its like are the node's
         if self.scratch is not None:

@@ -73,10 +73,20 @@ def test_the_lines_before_srun_are_what_bash_reads():
         cpus_per_task=2,
     )
     script = "module() { echo module $*; }\n" + "\n".join(given.before())
-    script += '\nprintf "%s\\n" "$A" "$QTRAIN_CACHE" "$B" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS"; kill -TERM $$; false; echo alive'
+    script += '\nprintf "%s\\n" "$A" "$QTRAIN_CACHE" "$B" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS" "${WANDB_SERVICE-none}"; kill -TERM $$; false; echo alive'
     env = {"HOME": "/home/me", "PATH": "/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "2"}
+    env["WANDB_SERVICE"] = "3-7-unix-/tmp/of-the-login-node"
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    lines = ["module load cuda/12.4", "/home/me/x y", "/home/me/scratch/qtrain", "3", "2", "2", "alive"]
+    lines = [
+        "module load cuda/12.4",
+        "/home/me/x y",
+        "/home/me/scratch/qtrain",
+        "3",
+        "2",
+        "2",
+        "none",
+        "alive",
+    ]
     assert done.stdout.splitlines() == lines, done.stderr
 
 
