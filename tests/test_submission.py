@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qtrain import cli, submission
+from qtrain.commands import train as train_command
 
 Train = Callable[..., tuple[int, str]]
 TINY = ["device=cpu", "logger=none", "schedule.warmup_steps=1", "steps=2", "hydra.launcher.wait=false"]
@@ -84,6 +85,36 @@ def test_a_run_keeps_the_name_that_a_config_or_the_user_gives(train: Train) -> N
     arms = json.loads(path.read_text())["arms"]
     assert [arm["folder"] for arm in arms] == ["outputs/train/seed3", "outputs/train/seed4"]
     assert [arm["overrides"][-1] for arm in arms] == ["run=seed3", "run=seed4"]
+
+
+def test_an_arm_runs_the_config_that_was_submitted(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its YAML was edited since, and at each attempt of a requeued job; what names the node is the node's."""
+    mine = tmp_path / "mine" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nbatch_sequences: 12\nsample: {prompt: '${oc.env:NODE}'}\n")
+    monkeypatch.setenv("NODE", "login")
+    words = ["--config-dir", str(tmp_path / "mine"), "experiment=mine", "seed=3,4", "hydra/launcher=slurm"]
+    code, text = train("-m", *words)
+    assert code == 0, text
+    (path,) = Path("multirun").glob("*/*/sweep.json")
+    run = Path(json.loads(path.read_text())["arms"][1]["folder"]).name
+    mine.write_text("# @package _global_\nbatch_sequences: 20\nsample: {prompt: edited}\neval_windows: 3\n")
+
+    from submitit.core.utils import DelayedSubmission
+
+    configs: list[DictConfig] = []
+    monkeypatch.setattr(train_command, "run", lambda config: configs.append(config) or 0)
+    node = {"NODE": "n7", "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "121", "SLURM_JOB_NUM_NODES": "1"}
+    for name, value in {**node, "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        DelayedSubmission.load(path.parent / "slurm" / "120_1_submitted.pkl").result()
+    for config in configs:
+        assert (config.batch_sequences, config.seed, config.eval_windows) == (12, 4, 64)
+        assert (config.run, config.resume, config.sample.prompt) == (run, "auto", "n7")
+    assert len(configs) == 2
 
 
 def test_devices_are_those_of_the_nodes(train: Train, tmp_path: Path) -> None:
