@@ -19,6 +19,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from qtrain.cluster.sweep_file import SWEEP, Arm, write_sweep
 from qtrain.cluster.waiting import wait_for
 from qtrain.overrides import UserError
 from qtrain.submission import run_folder, shape_of
+
+
+class Refused(UserError):
+    """No job was submitted."""
 
 
 class SlurmLauncher(Base):
@@ -70,7 +75,8 @@ class SlurmLauncher(Base):
         )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submits, and waits where that is asked for. Raises UserError where SLURM refuses the jobs."""
+        """Submits, and waits where that is asked for. Raises UserError where SLURM refuses the jobs, and where it has taken them and
+        that cannot be written down."""
         assert self.config is not None
         if initial_job_idx:
             raise UserError(
@@ -81,16 +87,22 @@ class SlurmLauncher(Base):
         asked = Request.of(self.params)
         shape = shape_of(configs, asked)
         sweep = Path(str(self.config.hydra.sweep.dir)).absolute()
-        sweep.mkdir(parents=True, exist_ok=True)
-        if (sweep / SWEEP).exists():
-            raise UserError(f"{sweep} is another sweep's, submitted in this very second: submit it again")
-        jobs = self._submit(composed, asked, shape)
+        try:
+            jobs = self._submit(composed, asked, shape)
+        except Refused:
+            (sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's, of a sweep that is none
+            with suppress(OSError):  # somebody has put something in it
+                sweep.rmdir()
+            raise
         arms = [
             Arm(number, job.job_id, _words(overrides, config), str(run_folder(config)), str(job.paths.stdout))
             for number, (job, overrides, config) in enumerate(zip(jobs, job_overrides, configs, strict=True))
         ]
         array = jobs[0].job_id.partition("_")[0]
-        path = write_sweep(sweep, str(self.config.hydra.job.name), array, arms, Path.cwd())
+        try:
+            path = write_sweep(sweep, str(self.config.hydra.job.name), array, arms, Path.cwd())
+        except OSError as error:
+            raise UserError(_unrecorded(array, arms, sweep / SWEEP, error)) from error
         print(f"submitted job {array}: {len(arms)} run(s), {path}", flush=True)
         if asked.wait:
             codes = wait_for(arms, asked.poll_seconds)
@@ -119,7 +131,7 @@ class SlurmLauncher(Base):
                 folder=asked.folder, max_num_timeout=0, python=asked.interpreter()
             )
         except RuntimeError as error:
-            raise UserError(
+            raise Refused(
                 f"hydra/launcher=slurm: {error} hydra/launcher=submitit_local runs the sweep on this machine"
             ) from error
         place = submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder)
@@ -147,7 +159,13 @@ class SlurmLauncher(Base):
             if not existed:
                 shutil.rmtree(place, ignore_errors=True)
             said = str(error).strip().splitlines()
-            raise UserError(f"SLURM did not take the jobs: {said[-1] if said else error}") from error
+            raise Refused(f"SLURM did not take the jobs: {said[-1] if said else error}") from error
+        except (OSError, submitit.core.utils.FailedSubmissionError) as error:
+            # Before sbatch or after it: submitit writes files at both times
+            raise UserError(
+                f"the sweep could not be submitted to the end ({error}); where sbatch had taken it already, squeue --me shows its job, "
+                f"and scancel ends it: its arms cannot run without their files in {place}"
+            ) from error
 
 
 def _words(overrides: Sequence[str], config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -155,6 +173,17 @@ def _words(overrides: Sequence[str], config: Mapping[str, Any]) -> tuple[str, ..
     return (
         *(word for word in filter_overrides(overrides) if not word.startswith("run=")),
         f"run={config['run']}",
+    )
+
+
+def _unrecorded(array: str, arms: Sequence[Arm], path: Path, error: OSError) -> str:
+    """What is said where the jobs run and nothing on disk says which is which."""
+    lines = [
+        f"SLURM has taken the sweep as job {array}, and {path} could not be written ({error}): qtrain status will not know it"
+    ]
+    lines += [f"{arm.job}: {arm.folder}  {' '.join(arm.overrides)}" for arm in arms]
+    return "\n".join(
+        [*lines, f"they run all the same: squeue -j {array} shows them, scancel {array} ends them"]
     )
 
 

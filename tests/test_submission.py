@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import hydra.core.utils
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain import cli, submission
+from qtrain.cluster import sweep_file
 from qtrain.commands import train as train_command
 
 Train = Callable[..., tuple[int, str]]
@@ -169,7 +173,67 @@ def test_a_refusal_of_slurm_is_said_and_leaves_nothing(train: Train, tmp_path: P
     assert code == 2
     assert "SLURM did not take the jobs: " in text
     assert "invalid partition specified: gpu" in text
-    assert [p.name for p in Path("multirun").rglob("*") if p.is_file()] == ["multirun.yaml"]
+    assert list(Path("multirun").glob("*/*")) == []
+
+
+def test_sweeps_of_one_second_share_nothing(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = SimpleNamespace(strftime=lambda pattern: "then")
+    monkeypatch.setattr(hydra.core.utils, "datetime", SimpleNamespace(now=lambda: then))
+    monkeypatch.setattr(submission.time, "strftime", lambda *_: "then")
+    for number in range(2):
+        code, text = train("-m", "hydra/launcher=slurm", f"seed={number},7")
+        assert code == 0, text
+    sweeps = [json.loads(path.read_text()) for path in sorted(Path("multirun").glob("*/*/sweep.json"))]
+    assert [sweep["arms"][0]["overrides"][0] for sweep in sweeps] == ["seed=0", "seed=1"]
+    assert len({arm["folder"] for sweep in sweeps for arm in sweep["arms"]}) == 4
+    for number, place in enumerate(("then", "then-2")):
+        folder = tmp_path / "work" / "multirun" / "then" / place
+        assert f"seed={number},7" in (folder / "multirun.yaml").read_text()
+        assert sweeps[number]["arms"][1]["log"] == str(folder / "slurm" / "120_1_0_log.out")
+
+
+def said(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a submission prints that ends with exit code 2, whatever SLURM has taken."""
+    assert cli.main(["train", "-m", "hydra/launcher=slurm", *TINY, *words]) == 2
+    return capfd.readouterr().err
+
+
+def test_jobs_that_cannot_be_written_down_are_named(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_file.os, "fsync", full)
+    text = said(capfd, "seed=3,4", "run=s${seed}", "resume=auto")
+    for part in ("taken the sweep as job 120", "No space left on device", "scancel 120 ends them"):
+        assert part in text
+    assert re.findall(r"(120_\d): (\S+)  .*seed=(\d)", text) == [
+        ("120_0", "outputs/train/s3", "3"),
+        ("120_1", "outputs/train/s4", "4"),
+    ]
+    assert len(list(Path("multirun").glob("*/*/slurm/120_*_submitted.pkl"))) == 2  # the jobs need them
+
+
+def test_where_a_job_may_have_been_taken_it_says_so(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An answer of sbatch that has no number; submitit's files that cannot be moved to where the job looks for them."""
+    (tmp_path / "programs" / "sbatch").write_text("#!/bin/bash\necho Hello\n")
+    text = said(capfd, "seed=3,4")
+    assert "Hello" in text
+    assert "squeue --me shows its job" in text
+    (tmp_path / "programs" / "sbatch").write_text(SBATCH.format(folder=tmp_path, answer=TAKEN))
+
+    def full(self: object, *arguments: object, **options: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", full)
+    text = said(capfd, "seed=3,4")
+    assert "Disk quota exceeded" in text
+    assert "squeue --me shows its job" in text
 
 
 def test_a_refusal_of_slurm_leaves_a_folder_that_was_there(train: Train, tmp_path: Path) -> None:
