@@ -296,8 +296,23 @@ def _warnings(
         )
     if inputs.gpus > 1 and inputs.strategy == "ddp" and inputs.compile and "communication" in time.parts:
         yield "ddp with compile=true: gradients come at the end of one compiled backward, so their reduction hides behind nothing"
+    if unknown := _unknown_links(inputs):
+        device, spent = inputs.device, time.parts.get("communication", 0.0)
+        yield (
+            f"nobody measured how {device.name} is connected: {', '.join(f'{name}={getattr(device, name):g}' for name in unknown)} stand for "
+            f"it, and {spent:.3g} s of communication in a step of {time.total:.3g} s follow from them; give "
+            f"{' '.join(f'+hardware.{name}=...' for name in unknown)}"
+        )
     if interval.lost > 0.2:
         yield f"failures and checkpoints take {interval.lost:.0%} of the time at {inputs.gpus} GPUs: write checkpoints faster"
+
+
+def _unknown_links(inputs: Inputs) -> list[str]:
+    """Names of the device's unknown numbers that the communication of the plan follows from."""
+    if inputs.gpus == 1:
+        return []
+    within = inputs.gpus <= inputs.device.gpus_per_node
+    return [name for name in inputs.device.unknown if not (within and name.startswith("node_"))]
 
 
 def _remedies(inputs: Inputs, at: _Memory, memory: MemoryPlan, largest: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from qtrain import cli
+from qtrain.planning import calibration
 
 SMALL = (
     "model=llama_1m", "compile=false", "batch_sequences=16", "sequence_tokens=64", "recipes=[none]", "hardware=h200",
@@ -122,6 +124,35 @@ def test_auto_is_native_where_there_are_kernels(tmp_path: Path) -> None:
         for device in ("h200", "a100")
     }
     assert computes == {"h200": "native", "a100": "simulated"}
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        (["gpus=1"], []),
+        (["gpus=2"], ["link_gb_per_s=1", "link_us=100"]),
+        (["gpus=16"], ["link_gb_per_s=1", "link_us=100", "node_gb_per_s=1", "node_us=100"]),
+        (
+            ["gpus=16", "+hardware.node_gb_per_s=20", "+hardware.link_us=9"],
+            ["link_gb_per_s=1", "node_us=100"],
+        ),
+        (["gpus=2", "+hardware.link_gb_per_s=100", "+hardware.link_us=9"], []),
+        (["gpus=2", "hardware=h200"], []),
+    ],
+)
+def test_links_that_nobody_measured_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], unknown: list[str]
+) -> None:
+    here = dataclasses.replace(
+        calibration.calibrated("cpu", sequence_tokens=64, scale=1 / 64), gpus_per_node=8
+    )
+    monkeypatch.setattr(calibration, "calibrated", lambda **_: here)
+    warnings = planned(tmp_path, "hardware=this", "recipes=[]", *words)["plans"][0]["warnings"]
+    found = [text for text in warnings if "how this CPU is connected" in text]
+    assert len(found) == bool(unknown)
+    for text in found:
+        assert f": {', '.join(unknown)} stand for it" in text
+        assert "give " + " ".join(f"+hardware.{name.partition('=')[0]}=..." for name in unknown) in text
 
 
 def test_tokens_for_a_loss_are_an_estimate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
