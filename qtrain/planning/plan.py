@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from qtrain.nn.native_ops import kinds_of, obstacles
 from qtrain.quant import LinearRecipe, ModelRecipe
@@ -25,7 +24,7 @@ from .communication import NOTHING, Cluster, Communication, LowBits, of_ddp, of_
 from .compiled import compiled_blocks, with_compiled
 from .devices import GIB, Device
 from .fake_model import meta_model
-from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory
+from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory, sharding_of
 from .optimizer_states import Make, OptimizerBytes, local_elements, optimizer_bytes
 from .step_time import StepTime, launches, micro_batch, plan_time
 from .trace import StepTrace, trace_step
@@ -131,15 +130,6 @@ def refused(inputs: Inputs, recipe: ModelRecipe) -> ModelRecipe:
     return decided
 
 
-def sharding_of(model: nn.Module, strategy: str, processes: int) -> Sharding:
-    """model: on the meta device, with ``repeated_blocks``."""
-    blocks: list[nn.Module] = list(model.repeated_blocks())  # type: ignore[operator]
-    sizes = tuple(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    local = sum(local_elements(tuple(p.shape), processes) * p.element_size() for p in model.parameters())
-    return Sharding(strategy, processes, whole, local, sizes, whole - sum(sizes))
-
-
 def traced(inputs: Inputs, recipe: ModelRecipe, sequences: int) -> StepTrace:
     return trace_step(
         inputs.model_config, recipe, sequences=sequences, tokens=inputs.sequence_tokens,
@@ -175,7 +165,7 @@ class _Memory:
 
     def _sharding(self, strategy: str | None = None) -> Sharding:
         inputs = self.inputs
-        found = sharding_of(self.model, strategy or inputs.strategy, inputs.gpus)
+        found = sharding_of(self.model, self.recipe, strategy or inputs.strategy, inputs.gpus)
         owed = inputs.low_bits.owed_bytes(found.weights // 4, found.strategy, inputs.gpus)
         return dataclasses.replace(found, owed=owed)
 
@@ -206,9 +196,8 @@ def _communication(inputs: Inputs, sharding: Sharding, forward: float, backward:
     if inputs.gpus == 1:
         return NOTHING
     if inputs.strategy == "fsdp2":
-        return of_fsdp2(
-            cluster, sharding.blocks, sharding.outer, inputs.micro_batches, forward, backward, inputs.low_bits
-        )
+        blocks, outer = sharding.parameter_groups()
+        return of_fsdp2(cluster, blocks, outer, inputs.micro_batches, forward, backward, inputs.low_bits)
     return of_ddp(cluster, sharding.weights, backward, overlaps=not inputs.compile, low_bits=inputs.low_bits)
 
 
