@@ -76,7 +76,10 @@ def test_fusing_writes_what_a_product_reads_and_nothing_between() -> None:
         ("relu", 4000),
         ("mm", 4000 + 400 + 4000),
         ("sigmoid", 4000),
-        ("neg", 4000),  # the result: 24,400 in all, as torch 2.13's Inductor counts (GraphLowering.count_bytes)
+        (
+            "neg",
+            4000,
+        ),  # the result: 24,400 in all, as torch 2.13's Inductor counts (GraphLowering.count_bytes)
     ]
     kept = {tracker.operations[1].written[0][0]}  # x * 2 + 1, for a backward
     assert dict(fused_bytes(tracker.operations, kept))[tracker.operations[1]] == 4000
