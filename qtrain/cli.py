@@ -320,9 +320,9 @@ def _launch(
     if not multirun:
         return hydra.run(config_name, job, [*words, "hydra.mode=RUN"]).return_value
     if config_name == "train":
-        from qtrain import local_sweep
+        from qtrain import sweep_folder
 
-        words = [*words, *local_sweep.announce(config_name, checks, _as_job)]
+        words = [*words, *sweep_folder.announce(config_name, checks, _as_job)]
     batches = hydra.multirun(config_name, job, [*_deferred(words, checks), "hydra.mode=MULTIRUN"])
     worst = 0
     for number, run in enumerate(run for batch in batches or [] for run in batch):

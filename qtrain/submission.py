@@ -4,13 +4,14 @@
   section is what that file and the command line say: an experiment or a recipe from elsewhere adds nothing. This is
   asked of every launcher but Hydra's basic one.
 - **Names.** Each arm's run has its name from here on, and goes on under it (``resume=auto``), so that a requeued job finds
-  it: ``run=TIME-NUMBER``, where neither the command line nor the configs name runs.
+  it: ``run=TIME-TOKEN-NUMBER``, where neither the command line nor the configs name runs.
 - **One shape.** An array's tasks are alike: nodes, tasks and GPUs of all arms must agree, with each other and with the
   launcher's own numbers.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,10 @@ def register() -> None:
 def named(words: list[str], checks: Overrides) -> list[str]:
     """``words`` with what gives each arm the name of its run, where nothing gives it one, and lets it go on."""
     runs = checks.combinations(multirun=True)
-    # Hydra's own number of the arm: one override for all of them
-    more = {"run": "run=" + time.strftime("%Y%m%d-%H%M%S") + "-${hydra:job.num}", "resume": RESUME}
+    # Sweeps of one second, from whatever folders and machines, may share ``out``, where nothing is made before an arm starts: six
+    # random hexadecimal digits tell them apart. Then Hydra's own number of the arm: one override for all of them
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}-${{hydra:job.num}}"
+    more = {"run": f"run={name}", "resume": RESUME}
     typed = {o.key_or_group for o in checks.parse(words)}
     return words + [
         word

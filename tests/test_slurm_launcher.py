@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 from qtrain import interrupts, slurm_launcher
 from qtrain.slurm_launcher import SlurmLauncher
@@ -18,17 +19,17 @@ ROOT = Path(__file__).parents[1]
 def call(monkeypatch, outcome):
     """The exit status of an arm's process."""
 
-    def arm(self, *arguments):
+    def arm(self, composed, number, state):
         if isinstance(outcome, BaseException):
             raise outcome
         done = JobReturn(status=JobStatus.FAILED if isinstance(outcome, str) else JobStatus.COMPLETED)
         done.return_value = ValueError(outcome) if isinstance(outcome, str) else outcome
         return done
 
-    monkeypatch.setattr(slurm_launcher.Base, "__call__", arm)
+    monkeypatch.setattr(SlurmLauncher, "_run", arm)
     monkeypatch.setattr(slurm_launcher.interrupts, "end_soon", lambda code: None)
     try:
-        SlurmLauncher.__call__(SlurmLauncher(), [], "", 0, "", None)
+        SlurmLauncher()(OmegaConf.create(), 0, None)
     except SystemExit as end:
         return end.code
     return 0

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import hydra.core.utils
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qtrain import cli, submission
+from qtrain.cluster import sweep_file
+from qtrain.commands import train as train_command
 
 Train = Callable[..., tuple[int, str]]
 TINY = ["device=cpu", "logger=none", "schedule.warmup_steps=1", "steps=2", "hydra.launcher.wait=false"]
@@ -86,6 +91,36 @@ def test_a_run_keeps_the_name_that_a_config_or_the_user_gives(train: Train) -> N
     assert [arm["overrides"][-1] for arm in arms] == ["run=seed3", "run=seed4"]
 
 
+def test_an_arm_runs_the_config_that_was_submitted(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its YAML was edited since, and at each attempt of a requeued job; what names the node is the node's."""
+    mine = tmp_path / "mine" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\nbatch_sequences: 12\nsample: {prompt: '${oc.env:NODE}'}\n")
+    monkeypatch.setenv("NODE", "login")
+    words = ["--config-dir", str(tmp_path / "mine"), "experiment=mine", "seed=3,4", "hydra/launcher=slurm"]
+    code, text = train("-m", *words)
+    assert code == 0, text
+    (path,) = Path("multirun").glob("*/*/sweep.json")
+    run = Path(json.loads(path.read_text())["arms"][1]["folder"]).name
+    mine.write_text("# @package _global_\nbatch_sequences: 20\nsample: {prompt: edited}\neval_windows: 3\n")
+
+    from submitit.core.utils import DelayedSubmission
+
+    configs: list[DictConfig] = []
+    monkeypatch.setattr(train_command, "run", lambda config: configs.append(config) or 0)
+    node = {"NODE": "n7", "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "121", "SLURM_JOB_NUM_NODES": "1"}
+    for name, value in {**node, "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        DelayedSubmission.load(path.parent / "slurm" / "120_1_submitted.pkl").result()
+    for config in configs:
+        assert (config.batch_sequences, config.seed, config.eval_windows) == (12, 4, 64)
+        assert (config.run, config.resume, config.sample.prompt) == (run, "auto", "n7")
+    assert len(configs) == 2
+
+
 def test_devices_are_those_of_the_nodes(train: Train, tmp_path: Path) -> None:
     """Whoever submits may have no GPU, and has not the processes."""
     words = [
@@ -138,7 +173,67 @@ def test_a_refusal_of_slurm_is_said_and_leaves_nothing(train: Train, tmp_path: P
     assert code == 2
     assert "SLURM did not take the jobs: " in text
     assert "invalid partition specified: gpu" in text
-    assert [p.name for p in Path("multirun").rglob("*") if p.is_file()] == ["multirun.yaml"]
+    assert list(Path("multirun").glob("*/*")) == []
+
+
+def test_sweeps_of_one_second_share_nothing(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = SimpleNamespace(strftime=lambda pattern: "then")
+    monkeypatch.setattr(hydra.core.utils, "datetime", SimpleNamespace(now=lambda: then))
+    monkeypatch.setattr(submission.time, "strftime", lambda *_: "then")
+    for number in range(2):
+        code, text = train("-m", "hydra/launcher=slurm", f"seed={number},7")
+        assert code == 0, text
+    sweeps = [json.loads(path.read_text()) for path in sorted(Path("multirun").glob("*/*/sweep.json"))]
+    assert [sweep["arms"][0]["overrides"][0] for sweep in sweeps] == ["seed=0", "seed=1"]
+    assert len({arm["folder"] for sweep in sweeps for arm in sweep["arms"]}) == 4
+    for number, place in enumerate(("then", "then-2")):
+        folder = tmp_path / "work" / "multirun" / "then" / place
+        assert f"seed={number},7" in (folder / "multirun.yaml").read_text()
+        assert sweeps[number]["arms"][1]["log"] == str(folder / "slurm" / "120_1_0_log.out")
+
+
+def said(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a submission prints that ends with exit code 2, whatever SLURM has taken."""
+    assert cli.main(["train", "-m", "hydra/launcher=slurm", *TINY, *words]) == 2
+    return capfd.readouterr().err
+
+
+def test_jobs_that_cannot_be_written_down_are_named(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_file.os, "fsync", full)
+    text = said(capfd, "seed=3,4", "run=s${seed}", "resume=auto")
+    for part in ("taken the sweep as job 120", "No space left on device", "scancel 120 ends them"):
+        assert part in text
+    assert re.findall(r"(120_\d): (\S+)  .*seed=(\d)", text) == [
+        ("120_0", "outputs/train/s3", "3"),
+        ("120_1", "outputs/train/s4", "4"),
+    ]
+    assert len(list(Path("multirun").glob("*/*/slurm/120_*_submitted.pkl"))) == 2  # the jobs need them
+
+
+def test_where_a_job_may_have_been_taken_it_says_so(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An answer of sbatch that has no number; submitit's files that cannot be moved to where the job looks for them."""
+    (tmp_path / "programs" / "sbatch").write_text("#!/bin/bash\necho Hello\n")
+    text = said(capfd, "seed=3,4")
+    assert "Hello" in text
+    assert "squeue --me shows its job" in text
+    (tmp_path / "programs" / "sbatch").write_text(SBATCH.format(folder=tmp_path, answer=TAKEN))
+
+    def full(self: object, *arguments: object, **options: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr("submitit.core.utils.JobPaths.move_temporary_file", full)
+    text = said(capfd, "seed=3,4")
+    assert "Disk quota exceeded" in text
+    assert "squeue --me shows its job" in text
 
 
 def test_a_refusal_of_slurm_leaves_a_folder_that_was_there(train: Train, tmp_path: Path) -> None:

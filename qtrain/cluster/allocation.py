@@ -31,8 +31,16 @@ _DECIDED = {
     "signal": "signal_delay_s", "requeue": "requeue", "no-requeue": "requeue", "time": "timeout_min", "nodes": "nodes",
     "ntasks-per-node": "tasks_per_node", "ntasks": "tasks_per_node", "array": "array_parallelism", "output": "folder",
     "error": "folder", "open-mode": "requeue", "account": "account", "partition": "partition", "qos": "qos",
-    "constraint": "constraint", "cpus-per-task": "cpus_per_task", "mem": "mem_gb", "gpus-per-node": "gpu_type",
+    "constraint": "constraint", "cpus-per-task": "cpus_per_task", "mem": "mem_gb", "gpus-per-node": "gpu_type", "wait": "wait",
 }  # fmt: skip
+# Options of sbatch that nothing here can be right beside, and the remedy
+_REFUSED = {
+    "chdir": "out=, the sweep's folder and prepared data are named from where the sweep is submitted, and the jobs start there: "
+    "leave it out, and submit from that folder, or give out= and hydra.launcher.scratch as whole paths",
+    "parsable": "sbatch's answer is read as it prints it by default: leave it out",
+    "quiet": "the job's number is read from sbatch's answer: leave it out",
+    "test-only": "nothing would be submitted: leave it out; the arms are checked before they are submitted",
+}
 
 
 def _word(key: str, value: Any) -> str:
@@ -76,6 +84,8 @@ def _sbatch(value: Any) -> dict[str, Any]:
             raise ValueError(
                 f"hydra.launcher.sbatch.{name}={given!r}: set hydra.launcher.{_DECIDED[name]}, which decides that"
             )
+        if name in _REFUSED:
+            raise ValueError(f"hydra.launcher.sbatch.{name}={given!r}: {_REFUSED[name]}")
         if given is not True:
             _word(f"sbatch.{name}", given)
     return dict(value)
@@ -203,7 +213,11 @@ class Request:
 
     def before(self) -> list[str]:
         """The script's lines before srun."""
-        lines = ["trap : TERM"]  # of which bash would die, and it has to ask whether the job runs again
+        lines = [
+            "trap : TERM",  # of which bash would die, and it has to ask whether the job runs again
+            # sbatch passes the environment on: where W&B runs in it, its process is that of another machine, or has ended
+            "unset WANDB_SERVICE",
+        ]
         lines += [f"module load {shlex.quote(module)}" for module in self.modules]
         # In double quotes, so that $USER and its like are the node's
         if self.scratch is not None:

@@ -33,6 +33,23 @@ class Arm:
     log: str
 
 
+def take_folder(folder: Path, *, named: bool) -> Path:
+    """Makes ``folder`` for one sweep: by mkdir, of which one of two that come at once gets it. named: by the user; else where it
+    exists there is a number behind, ``19-02-11-2``, since sweeps of one second have one time. Raises FileExistsError for a named
+    one that exists."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made, number = folder, 1
+    while True:
+        try:
+            made.mkdir()
+            return made
+        except FileExistsError:
+            if named:
+                raise
+        number += 1
+        made = folder.with_name(f"{folder.name}-{number}")
+
+
 def write_sweep(folder: Path, command: str, job: str, arms: Sequence[Arm], cwd: Path) -> Path:
     """Of a sweep that was submitted as ``job`` from ``cwd``. Writes the file, whole or not at all. Returns its path."""
     of_slurm = {"launcher": "slurm", "job": job, "cwd": str(cwd)}

@@ -135,7 +135,8 @@ def _device(config: dict[str, Any], sequence_tokens: int | None) -> Any:
         if sequence_tokens is None
         else calibrated(sequence_tokens=min(sequence_tokens, 4096))
     )
-    return dataclasses.replace(found, **changed)
+    unknown = [name for name in found.unknown if name not in changed]
+    return dataclasses.replace(found, **changed, unknown=unknown)
 
 
 def _named_device(name: str) -> Any:

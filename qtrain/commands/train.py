@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,7 +117,7 @@ def run(cfg: DictConfig) -> int:
 
 
 def run_rank(config: dict[str, Any]) -> int:
-    """``run`` in one of the processes, on a configuration that ``plain`` gave."""
+    """``run`` in one of the processes, on a configuration that ``plain`` gave. 2 where the run was refused."""
     from qtrain.data.read_ahead import StreamError
     from qtrain.data.shards import ShardError
     from qtrain.data.sources import SourceError
@@ -125,13 +126,16 @@ def run_rank(config: dict[str, Any]) -> int:
     from qtrain.training.assembly import assemble, resolved_device
     from qtrain.training.fit import train
     from qtrain.training.processes import RankZeroFailed, connected, rank
-    from qtrain.training.resume import StartRefused
+    from qtrain.training.resume import StartRefused, refusing
 
     try:
-        parts = assemble(config)
+        with refusing():  # once more: the machine that checked it may have been another
+            parts = assemble(config)
         with connected(parts.processes, resolved_device(parts.settings.device)):
             verdict, folder = train(parts)
     except (StartRefused, ShardError, SourceError, StreamError, TokenizerError) as error:
+        if os.environ.get("QTRAIN_DEBUG") == "1":
+            traceback.print_exc()
         print(f"qtrain: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed:

@@ -11,12 +11,16 @@ O out, I in.
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from qtrain.quant import ModelRecipe
 
 from .linear import QuantizedLayer, conv1d_class
 
@@ -29,6 +33,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     conv1d = conv1d_class()
     kinds = (nn.Linear, QuantizedLayer) if conv1d is None else (nn.Linear, QuantizedLayer, conv1d)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def gathered_layers(model: nn.Module, recipe: ModelRecipe) -> dict[str, str]:
+    """{name of the weight: name of the layer} of the linear layers whose weights a low-bit all-gather takes: all but those
+    that the recipe excludes, which are meant to stay in high precision, and those that are tied to a table."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {
+        f"{name}.weight": name
+        for name, layer in linear_layers(model).items()
+        if uses[id(layer.weight)] == 1
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.exclude)
+    }
 
 
 def outside_matrices(model: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from .operations import BACKWARD_PRODUCTS
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of square GEMMs
 _ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # of float32 in elementwise work
 _HEADS = {"cpu": 32, "cuda": 256}  # B H of attention
+# Of one machine's devices nothing is measured that takes two: round numbers stand for these
+LINKS = ("link_gb_per_s", "link_us", "node_gb_per_s", "node_us")
 _SECONDS = 0.3  # of each measurement, at least three calls
 
 
@@ -149,6 +151,7 @@ def calibrated(
         measured=f"GEMMs, attention, elementwise work and overhead, now, on {torch.get_num_threads()} thread(s)"
         f"{', by processor time' if kind == 'cpu' else ''}",
         sources="links and latencies: assumed",
+        unknown=LINKS,
     )
 
 

@@ -265,13 +265,13 @@ def rows_of_wire(device: Device) -> Iterator[Row]:
     """Two processes on this CPU, with gloo."""
     config = MODELS["llama"]
     model, _ = meta_model(config, RECIPES["none"])
-    sharding = sharding_of(model, "fsdp2", 2)
+    sharding = sharding_of(model, RECIPES["none"], "fsdp2", 2)
     cluster = Cluster(device, 2)
     # gloo reduces and scatters by a whole all-reduce: what a ring sends, once more
     more = cluster.gather_bytes(sharding.weights)
     predicted = {
         "ddp": of_ddp(cluster, sharding.weights, 0.0, overlaps=True).sent_bytes,
-        "fsdp2": of_fsdp2(cluster, sharding.blocks, sharding.outer, 1, 0.0, 0.0).sent_bytes + more,
+        "fsdp2": of_fsdp2(cluster, *sharding.parameter_groups(), 1, 0.0, 0.0).sent_bytes + more,
     }
     for strategy, measured in wire_bytes(config, SEQUENCES // 2, TOKENS).items():
         yield Row(

@@ -9,7 +9,9 @@
     fsdp2      a micro-batch: all-gather of every block before its forward and before its backward, reduce-scatter of its gradient,
                all in float32: what a block gathers are the masters
 
-What travels as codes (``LowBits``) counts its bits and scales; encoding it is not counted. Codes cannot be added on the way, so
+What travels as codes (``LowBits``) counts its bits and scales; encoding it is not counted. In a gather that is the weights of
+linear layers, but for those that the recipe excludes and those tied to a table (``ParameterGroup.coded``); in a reduction all matrices, and the few
+vectors are counted as if they were. Codes cannot be added on the way, so
 gradients in low bits are no ring but an all-to-all of S bytes (and, under ddp, an all-gather back): over a node's network go the rows of
 each of its G cards, where a ring crosses it once,
 
@@ -67,6 +69,19 @@ FLOAT32 = LowBits()
 def _share(spec: QuantSpec) -> float:
     """Bytes of codes, scales and zero points of a row, of float32's."""
     return RowFormat(_COLUMNS, spec).row_bytes / (4 * _COLUMNS)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that FSDP2 gathers and reduces together: those of a block, or all outside of blocks. weights: their float32
+    bytes; coded: of these, what a low-bit gather takes as codes (``qtrain.nn.inventory.gathered_layers``)."""
+
+    weights: float
+    coded: float = 0.0
+
+    def gathered(self, low_bits: LowBits) -> float:
+        """Bytes of all processes' rows, as they travel to each of them."""
+        return self.weights - self.coded + low_bits.gather * self.coded
 
 
 @dataclass(frozen=True)
@@ -155,30 +170,32 @@ def of_ddp(
 
 def of_fsdp2(
     cluster: Cluster,
-    blocks: Sequence[float],
-    outer: float,
+    blocks: Sequence[ParameterGroup],
+    outer: ParameterGroup,
     micro_batches: int,
     forward_seconds: float,
     backward_seconds: float,
     low_bits: LowBits = FLOAT32,
 ) -> Communication:
-    """blocks: float32 bytes of each block's parameters; outer: of those outside of blocks, which stay gathered from the
-    forward to the backward. forward_seconds, backward_seconds: of a micro-batch's computation, behind which gathering the next block hides;
-    the first gather and the last reduce-scatter of a micro-batch hide behind nothing."""
+    """outer: outside of blocks, and gathered from the forward to the backward. forward_seconds, backward_seconds: of a
+    micro-batch's computation, behind which gathering the next block hides; the first gather and the last reduce-scatter of a
+    micro-batch hide behind nothing."""
     if cluster.gpus == 1:
         return NOTHING
-    gather = sum(cluster.gather_seconds(low_bits.gather * block) for block in blocks)
+    gathers = [cluster.gather_seconds(block.gathered(low_bits)) for block in blocks]
     share = 1.0 if low_bits.reduce is None else low_bits.reduce
     scatter_seconds = cluster.gather_seconds if low_bits.reduce is None else cluster.exchange_seconds
-    reduce = sum(scatter_seconds(share * block) for block in blocks)
-    outer_gather, outer_reduce = cluster.gather_seconds(outer), scatter_seconds(share * outer)
-    forward, backward = gather + outer_gather, gather + reduce + outer_reduce
-    first = cluster.gather_seconds(low_bits.gather * blocks[0]) if blocks else 0.0
-    last = scatter_seconds(share * blocks[0]) if blocks else 0.0
+    scatters = [scatter_seconds(share * block.weights) for block in blocks]
+    outer_gather = cluster.gather_seconds(outer.gathered(low_bits))
+    gather = sum(gathers)
+    forward = gather + outer_gather
+    backward = gather + sum(scatters) + scatter_seconds(share * outer.weights)
+    first, last = (gathers[0], scatters[0]) if blocks else (0.0, 0.0)
     exposed = outer_gather + first + max(0.0, gather - first - forward_seconds)
     exposed += last + max(0.0, backward - last - backward_seconds)
-    whole = sum(blocks)
-    sent = cluster.gather_bytes(low_bits.gather * 2 * whole + outer + share * (whole + outer))
+    groups = [*blocks, outer]
+    gathered = 2 * sum(group.gathered(low_bits) for group in groups) - outer.gathered(low_bits)
+    sent = cluster.gather_bytes(gathered + share * sum(group.weights for group in groups))
     return Communication(
         micro_batches * sent,
         micro_batches * (forward + backward),

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +26,8 @@ class Device:
     copy_gb_per_s: read plus written. quantize_fraction: of it, in kernels that quantize natively. kernel_us: of the device, a kernel; gemm_us: a GEMM's, None for the same. host_us: of Python and the dispatcher, an eager
     operation. gpus_per_node; link_gb_per_s: a GPU's to its neighbours in the node, one direction, reached; node_gb_per_s: a node's to
     others, one direction, reached; link_us, node_us: latency of one hop. watts: at full load. price_per_hour: of one GPU, in whatever currency.
-    measured: which of these numbers were measured, and where; sources: of the others.
+    measured: which of these numbers were measured, and where; sources: of the others. unknown: names of those that stand for numbers that
+    nobody gave.
 
     Raises ValueError, naming the value.
     """
@@ -52,6 +53,7 @@ class Device:
     price_per_hour: float | None = None
     measured: str = ""
     sources: str = ""
+    unknown: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.type not in ("cuda", "cpu"):

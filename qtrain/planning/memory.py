@@ -16,10 +16,16 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from .optimizer_states import OptimizerBytes
+from torch import nn
+
+from qtrain.nn.inventory import gathered_layers
+from qtrain.quant import ModelRecipe
+
+from .communication import ParameterGroup
+from .optimizer_states import OptimizerBytes, local_elements
 from .trace import Piece, StepTrace
 
 GATHERED_BLOCKS = 3  # the present, the next, and what it arrives in
@@ -29,7 +35,8 @@ REDUCED_BLOCKS = 1  # the buffer that a block's gradients leave in
 @dataclass(frozen=True)
 class Sharding:
     """strategy: ``none``, ``ddp`` or ``fsdp2``; processes. weights, largest_block, outer: float32 bytes of all parameters,
-    of the largest block and of those outside of blocks; local: of the rows of one process. owed: what error feedback keeps
+    of each block and of those outside of blocks; coded, outer_coded: of these, what a low-bit gather takes as codes; local: of the rows
+    of one process. owed: what error feedback keeps
     of low-bit gradients (docs/communication.md)."""
 
     strategy: str
@@ -39,6 +46,13 @@ class Sharding:
     blocks: tuple[int, ...]
     outer: int
     owed: int = 0
+    coded: tuple[int, ...] = ()
+    outer_coded: int = 0
+
+    def parameter_groups(self) -> tuple[list[ParameterGroup], ParameterGroup]:
+        """Of the blocks, and of all else."""
+        blocks = [ParameterGroup(*pair) for pair in zip(self.blocks, self.coded, strict=True)]
+        return blocks, ParameterGroup(self.outer, self.outer_coded)
 
     @property
     def gathered(self) -> int:
@@ -52,6 +66,25 @@ class Sharding:
         if self.strategy != "fsdp2" or self.processes == 1:
             return 0
         return REDUCED_BLOCKS * max(self.blocks, default=0)
+
+
+def sharding_of(model: nn.Module, recipe: ModelRecipe, strategy: str, processes: int) -> Sharding:
+    """model: on the meta device, with ``repeated_blocks``."""
+    blocks: list[nn.Module] = list(model.repeated_blocks())  # type: ignore[operator]
+    parameters = dict(model.named_parameters())
+    coded = {id(parameters[name]) for name in gathered_layers(model, recipe)}
+
+    def nbytes(part: nn.Module, of: Container[int] | None = None) -> int:
+        return sum(p.numel() * p.element_size() for p in part.parameters() if of is None or id(p) in of)
+
+    whole, sizes = nbytes(model), tuple(nbytes(block) for block in blocks)
+    coded_sizes = tuple(nbytes(block, coded) for block in blocks)
+    return Sharding(
+        strategy, processes, whole,
+        local=sum(local_elements(tuple(p.shape), processes) * p.element_size() for p in model.parameters()),
+        blocks=sizes, outer=whole - sum(sizes),
+        coded=coded_sizes, outer_coded=nbytes(model, coded) - sum(coded_sizes),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -212,18 +212,20 @@ def _visible(operation: Operation) -> bool:
 
 def fused_bytes(operations: Iterable[Operation], kept: Iterable[int] = ()) -> Iterator[tuple[Operation, int]]:
     """Operations and the bytes that each moves where neighbours that are elementwise are one kernel: what lies between two
-    of them is not written unless a library's kernel or a later run of neighbours reads it, or it is ``kept`` (storages); each
-    run reads a tensor once."""
+    of them is not written unless a library's kernel or a later run of neighbours reads it, or it is ``kept`` (storages); what nobody
+    reads afterwards is a result (a block's output, a gradient), and written. Each run reads a tensor once."""
     ops = list(operations)
     seen_outside = set(kept)
     made_in_run: set[int] = set()
-    for operation in ops:
+    last_read: dict[int, int] = {}
+    for i, operation in enumerate(ops):
         visible = _visible(operation)
         seen_outside.update(key for key, _ in operation.read if visible or key not in made_in_run)
+        last_read.update((key, i) for key, _ in operation.read)
         made_in_run = set() if visible else made_in_run | {key for key, _ in operation.written}
     made_inside: set[int] = set()
     read_once: set[int] = set()
-    for operation in ops:
+    for i, operation in enumerate(ops):
         if _visible(operation):
             made_inside, read_once = set(), set()
             yield operation, operation.nbytes
@@ -235,6 +237,6 @@ def fused_bytes(operations: Iterable[Operation], kept: Iterable[int] = ()) -> It
                 read_once.add(key)
         for key, nbytes in operation.written:
             made_inside.add(key)
-            if key in seen_outside:
+            if key in seen_outside or last_read.get(key, -1) <= i:
                 moved += nbytes
         yield operation, moved

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from qtrain.nn.native_ops import kinds_of, obstacles
 from qtrain.quant import LinearRecipe, ModelRecipe
@@ -25,7 +24,7 @@ from .communication import NOTHING, Cluster, Communication, LowBits, of_ddp, of_
 from .compiled import compiled_blocks, with_compiled
 from .devices import GIB, Device
 from .fake_model import meta_model
-from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory
+from .memory import MemoryPlan, Sharding, grows_linearly, plan_memory, sharding_of
 from .optimizer_states import Make, OptimizerBytes, local_elements, optimizer_bytes
 from .step_time import StepTime, launches, micro_batch, plan_time
 from .trace import StepTrace, trace_step
@@ -131,15 +130,6 @@ def refused(inputs: Inputs, recipe: ModelRecipe) -> ModelRecipe:
     return decided
 
 
-def sharding_of(model: nn.Module, strategy: str, processes: int) -> Sharding:
-    """model: on the meta device, with ``repeated_blocks``."""
-    blocks: list[nn.Module] = list(model.repeated_blocks())  # type: ignore[operator]
-    sizes = tuple(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    local = sum(local_elements(tuple(p.shape), processes) * p.element_size() for p in model.parameters())
-    return Sharding(strategy, processes, whole, local, sizes, whole - sum(sizes))
-
-
 def traced(inputs: Inputs, recipe: ModelRecipe, sequences: int) -> StepTrace:
     return trace_step(
         inputs.model_config, recipe, sequences=sequences, tokens=inputs.sequence_tokens,
@@ -175,7 +165,7 @@ class _Memory:
 
     def _sharding(self, strategy: str | None = None) -> Sharding:
         inputs = self.inputs
-        found = sharding_of(self.model, strategy or inputs.strategy, inputs.gpus)
+        found = sharding_of(self.model, self.recipe, strategy or inputs.strategy, inputs.gpus)
         owed = inputs.low_bits.owed_bytes(found.weights // 4, found.strategy, inputs.gpus)
         return dataclasses.replace(found, owed=owed)
 
@@ -206,9 +196,8 @@ def _communication(inputs: Inputs, sharding: Sharding, forward: float, backward:
     if inputs.gpus == 1:
         return NOTHING
     if inputs.strategy == "fsdp2":
-        return of_fsdp2(
-            cluster, sharding.blocks, sharding.outer, inputs.micro_batches, forward, backward, inputs.low_bits
-        )
+        blocks, outer = sharding.parameter_groups()
+        return of_fsdp2(cluster, blocks, outer, inputs.micro_batches, forward, backward, inputs.low_bits)
     return of_ddp(cluster, sharding.weights, backward, overlaps=not inputs.compile, low_bits=inputs.low_bits)
 
 
@@ -296,8 +285,23 @@ def _warnings(
         )
     if inputs.gpus > 1 and inputs.strategy == "ddp" and inputs.compile and "communication" in time.parts:
         yield "ddp with compile=true: gradients come at the end of one compiled backward, so their reduction hides behind nothing"
+    if unknown := _unknown_links(inputs):
+        device, spent = inputs.device, time.parts.get("communication", 0.0)
+        yield (
+            f"nobody measured how {device.name} is connected: {', '.join(f'{name}={getattr(device, name):g}' for name in unknown)} stand for "
+            f"it, and {spent:.3g} s of communication in a step of {time.total:.3g} s follow from them; give "
+            f"{' '.join(f'+hardware.{name}=...' for name in unknown)}"
+        )
     if interval.lost > 0.2:
         yield f"failures and checkpoints take {interval.lost:.0%} of the time at {inputs.gpus} GPUs: write checkpoints faster"
+
+
+def _unknown_links(inputs: Inputs) -> list[str]:
+    """Names of the device's unknown numbers that the communication of the plan follows from."""
+    if inputs.gpus == 1:
+        return []
+    within = inputs.gpus <= inputs.device.gpus_per_node
+    return [name for name in inputs.device.unknown if not (within and name.startswith("node_"))]
 
 
 def _remedies(inputs: Inputs, at: _Memory, memory: MemoryPlan, largest: int) -> str:

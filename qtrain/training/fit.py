@@ -39,7 +39,7 @@ from .report import (
     sample_text,
     summarize,
 )
-from .resume import Start, start_run
+from .resume import Start, refusing, start_run
 from .run_folder import (
     CENSUS,
     CHECKPOINTS,
@@ -115,14 +115,15 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     """Trains, evaluates and reports. Returns how it ended and the run's folder. Of several processes, which are
     connected already, all call this; rank 0 alone writes and prints.
 
-    Raises ValueError, before anything is trained, for a baseline or a checkpoint that does not fit.
+    Raises StartRefused, before anything is trained, for data, a baseline or a checkpoint that do not fit.
     """
     begun, settings = time.perf_counter(), parts.settings
-    reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
-    data = WindowsDataModule(parts, rank_zero_first(lambda: open_corpus(parts)))
-    data.train_windows()
-    if reference is not None:
-        reference.check_comparable(data.identity())
+    with refusing():
+        reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
+        data = WindowsDataModule(parts, rank_zero_first(lambda: open_corpus(parts)))
+        data.train_windows()
+        if reference is not None:
+            reference.check_comparable(data.identity())
     callbacks = [build(c) for c in parts.config["callbacks"].values()]
     with ExitStack() as held:
         start = by_rank_zero(lambda: start_run(parts, data.identity(), held))

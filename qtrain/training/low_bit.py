@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections import Counter
 from typing import Any
 
 from torch import nn
 
 from qtrain.communication.gather import gathers_exactly
 from qtrain.communication.low_bit import LowBitCommunication
-from qtrain.nn.inventory import linear_layers
-from qtrain.quant import ModelRecipe
+from qtrain.nn.inventory import gathered_layers, linear_layers
 
 from . import processes
 from .assembly import Assembly
-
-
-def gathered_layers(model: nn.Module, recipe: ModelRecipe) -> dict[str, str]:
-    """{name of the weight: name of the layer} of the linear layers whose weights a low-bit all-gather takes: all but those
-    that the recipe excludes, which are meant to stay in high precision, and those that are tied to a table."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {
-        f"{name}.weight": name
-        for name, layer in linear_layers(model).items()
-        if uses[id(layer.weight)] == 1
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.exclude)
-    }
 
 
 def communication_of(parts: Assembly, model: nn.Module) -> LowBitCommunication | None:

@@ -16,8 +16,8 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ from .saved import checkpoint_of
 
 class StartRefused(ValueError):
     """The run cannot start as it was asked to; nothing was changed."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around what is put together and opened before a run has a folder: what refuses it (ValueError) refuses the start."""
+    try:
+        yield
+    except ValueError as error:
+        raise StartRefused(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,8 +98,7 @@ def _path() -> str:
 
 
 def _own_environment() -> dict[str, str]:
-    """Ours, without what a SLURM of this machine says to the jobs and the users of it, and without W&B's process of this
-    one, which would outlive the runs that a node's failure kills."""
+    """Ours, without what a SLURM of this machine says to the jobs and the users of it."""
     theirs = (
         "SLURM",
         "SBATCH_",
@@ -111,7 +110,6 @@ def _own_environment() -> dict[str, str]:
         "SACCT_",
         "SCONTROL_",
         "MUNGE_",
-        "WANDB_SERVICE",
     )
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
 

@@ -73,10 +73,20 @@ def test_the_lines_before_srun_are_what_bash_reads():
         cpus_per_task=2,
     )
     script = "module() { echo module $*; }\n" + "\n".join(given.before())
-    script += '\nprintf "%s\\n" "$A" "$QTRAIN_CACHE" "$B" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS"; kill -TERM $$; false; echo alive'
+    script += '\nprintf "%s\\n" "$A" "$QTRAIN_CACHE" "$B" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS" "${WANDB_SERVICE-none}"; kill -TERM $$; false; echo alive'
     env = {"HOME": "/home/me", "PATH": "/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "2"}
+    env["WANDB_SERVICE"] = "3-7-unix-/tmp/of-the-login-node"
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    lines = ["module load cuda/12.4", "/home/me/x y", "/home/me/scratch/qtrain", "3", "2", "2", "alive"]
+    lines = [
+        "module load cuda/12.4",
+        "/home/me/x y",
+        "/home/me/scratch/qtrain",
+        "3",
+        "2",
+        "2",
+        "none",
+        "alive",
+    ]
     assert done.stdout.splitlines() == lines, done.stderr
 
 
@@ -118,6 +128,14 @@ def test_python_runs_in_the_container_and_the_last_line_outside():
         ({"sbatch": {"mail-type": "x\ny"}}, "hydra.launcher.sbatch.mail-type"),
         ({"sbatch": {"signal": "TERM@9"}}, "set hydra.launcher.signal_delay_s"),
         ({"sbatch": {"output": "x"}}, "set hydra.launcher.folder"),
+        ({"sbatch": {"wait": True}}, "set hydra.launcher.wait"),
+        (
+            {"sbatch": {"chdir": "/scratch/me"}},
+            r"hydra.launcher.sbatch.chdir='/scratch/me': out=.*submit from that folder",
+        ),
+        ({"sbatch": {"parsable": True}}, "hydra.launcher.sbatch.parsable=True: sbatch's answer is read"),
+        ({"sbatch": {"quiet": True}}, "hydra.launcher.sbatch.quiet=True: the job's number"),
+        ({"sbatch": {"test-only": True}}, "hydra.launcher.sbatch.test-only=True: nothing would be submitted"),
         ({"timeout_min": 0}, "hydra.launcher.timeout_min=0: must be a whole number, 1 or more"),
         ({"timeout_min": "4:00:00"}, "hydra.launcher.timeout_min='4:00:00'"),
         ({"timeout_min": None}, "hydra.launcher.timeout_min=None"),

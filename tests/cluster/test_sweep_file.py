@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from qtrain.cluster import sweep_file
-from qtrain.cluster.sweep_file import Arm, read_sweep, sweeps_below, write_local_sweep, write_sweep
+from qtrain.cluster.sweep_file import (
+    Arm,
+    read_sweep,
+    sweeps_below,
+    take_folder,
+    write_local_sweep,
+    write_sweep,
+)
 
 ARMS = [
     Arm(i, f"120_{i}", ("w=int8_row", f"seed={i}"), f"outputs/train/r{i}", f"/logs/120_{i}.out")
@@ -45,6 +54,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_sweep(tmp_path, "train", "2", ARMS, Path("/work"))
     assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_each_of_those_that_come_at_once_gets_a_folder_of_its_own(tmp_path):
+    start = threading.Barrier(8)
+
+    def take(_: int) -> Path:
+        start.wait()
+        return take_folder(tmp_path / "2026-11-26" / "19-02-11", named=False)
+
+    with ThreadPoolExecutor(8) as threads:
+        taken = list(threads.map(take, range(8)))
+    assert sorted(path.name for path in taken) == ["19-02-11", *(f"19-02-11-{n}" for n in range(2, 9))]
+    assert sorted(taken) == sorted((tmp_path / "2026-11-26").iterdir())
+    with pytest.raises(FileExistsError):
+        take_folder(tmp_path / "2026-11-26" / "19-02-11", named=True)
 
 
 SWEEP = {

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from qtrain import cli
+from qtrain.communication.row_format import Piece
+from qtrain.planning import calibration
+from qtrain.quant import QuantSpec
+from qtrain.training.assembly import build
 
 SMALL = (
     "model=llama_1m", "compile=false", "batch_sequences=16", "sequence_tokens=64", "recipes=[none]", "hardware=h200",
@@ -79,8 +87,33 @@ def test_what_travels_as_codes_is_in_the_plan(tmp_path: Path) -> None:
     assert (more[0] - more[1]) * 2e9 == pytest.approx(2 * 1.5 * gradients), "both processes' are saved"
     whole, coded = (planned(tmp_path, "gpus=2", f"trainer={t}")["plans"][0] for t in ("fsdp2", "fsdp2_int8"))
     assert coded["memory"]["buffers"] == whole["memory"]["buffers"], "errors are forgotten"
-    ratio = coded["time"]["communication"]["sent_bytes"] / whole["time"]["communication"]["sent_bytes"]
-    assert 0.26 < ratio < 0.5, "embeddings and the head are gathered in float32"
+
+
+@pytest.mark.parametrize("exclude", [["lm_head"], [], ["lm_head", "*.up", "blocks.0.*"]])
+def test_fsdp2_gathers_excluded_layers_in_float32(tmp_path: Path, exclude: list[str]) -> None:
+    """Against the rows as training would encode them, parameter by parameter."""
+    words = [
+        "gpus=2",
+        "trainer=fsdp2_int8",
+        "model.width=512",
+        "recipes=[]",
+    ]  # so wide that a row's scale is little
+    words.append(f"recipe.exclude=[{','.join(exclude)}]")
+    found = planned(tmp_path, *words)
+    with torch.device("meta"):
+        model = build({**found["config"]["model"], "vocab_size": 257}).build(seed=0)
+    linears = {f"{name}.weight": name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    sent = 0.0
+    for name, p in model.named_parameters():
+        coded = name in linears and not any(fnmatch.fnmatchcase(linears[name], e) for e in exclude)
+        gather = Piece.of(name, p.shape, QuantSpec.of("int8_row") if coded else None)
+        reduce = Piece.of(name, p.shape, QuantSpec.of("int8_group128_sr"))
+        again = 2 if name.startswith("blocks.") else 1  # before the forward and before the backward
+        sent += (again * gather.format.row_bytes + reduce.format.row_bytes) * len(p) / 2
+    plan, settings = found["plans"][0], found["settings"]
+    assert plan["time"]["communication"]["sent_bytes"] == pytest.approx(
+        settings["micro_batches"] * sent, rel=0.01
+    )
 
 
 def test_the_micro_batch_is_the_largest_that_fits_and_divides(tmp_path: Path) -> None:
@@ -122,6 +155,35 @@ def test_auto_is_native_where_there_are_kernels(tmp_path: Path) -> None:
         for device in ("h200", "a100")
     }
     assert computes == {"h200": "native", "a100": "simulated"}
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        (["gpus=1"], []),
+        (["gpus=2"], ["link_gb_per_s=1", "link_us=100"]),
+        (["gpus=16"], ["link_gb_per_s=1", "link_us=100", "node_gb_per_s=1", "node_us=100"]),
+        (
+            ["gpus=16", "+hardware.node_gb_per_s=20", "+hardware.link_us=9"],
+            ["link_gb_per_s=1", "node_us=100"],
+        ),
+        (["gpus=2", "+hardware.link_gb_per_s=100", "+hardware.link_us=9"], []),
+        (["gpus=2", "hardware=h200"], []),
+    ],
+)
+def test_links_that_nobody_measured_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], unknown: list[str]
+) -> None:
+    here = dataclasses.replace(
+        calibration.calibrated("cpu", sequence_tokens=64, scale=1 / 64), gpus_per_node=8
+    )
+    monkeypatch.setattr(calibration, "calibrated", lambda **_: here)
+    warnings = planned(tmp_path, "hardware=this", "recipes=[]", *words)["plans"][0]["warnings"]
+    found = [text for text in warnings if "how this CPU is connected" in text]
+    assert len(found) == bool(unknown)
+    for text in found:
+        assert f": {', '.join(unknown)} stand for it" in text
+        assert "give " + " ".join(f"+hardware.{name.partition('=')[0]}=..." for name in unknown) in text
 
 
 def test_tokens_for_a_loss_are_an_estimate(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

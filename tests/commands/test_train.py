@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,60 @@ def test_a_run_that_diverges_exits_with_3_and_no_trace(tiny, tmp_path, capsys, m
 def test_check_refuses(override, message):
     with pytest.raises((ValueError, TypeError), match=message):
         train.check(cpu(*override.split()))
+
+
+@pytest.fixture
+def other(tmp_path):
+    """What does not fit a run of ``tiny``: FOLDER, its texts prepared by a BPE, and RUN, evaluated on other data."""
+    from qtrain.training.assembly import assemble
+
+    texts = ["data=text", f"data.source.paths=[{tmp_path / 'corpus'}]", f"data.folder={tmp_path / 'bpe'}"]
+    config = train.plain(composed(*texts, "data.val_fraction=0.3", "data.tokenizer=bpe:300"))
+    folder = assemble(config).data.open().shards.directory
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text('{"val_loss": 1.0, "data": {"shards": "others"}}')
+    return {"FOLDER": str(folder), "RUN": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # When the data are opened
+        ("data=prepared data.address=FOLDER data.tokenizer=byte", "were made by another one"),
+        ("model.sequence_tokens=4096 sequence_tokens=4096", "too few for one window"),
+        ("baseline=RUN", "was evaluated on other data"),
+        # When the run is put together: what checked it was another machine, with a compiler
+        ("compile=true", r"needs a C\+\+ compiler"),
+    ],
+)
+def test_what_a_run_meets_before_it_has_a_folder_is_one_line_and_2(
+    tiny, tmp_path, other, words, message, capsys, monkeypatch
+):
+    for name, value in other.items():
+        words = words.replace(name, value)
+    if "data=prepared" in words:
+        tiny = [word for word in tiny if not word.startswith("data")]
+    monkeypatch.setattr("qtrain.training.assembly.shutil.which", lambda name: None)
+    config = composed(*tiny, *words.split())
+    assert train.run(config) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"qtrain: .*{message}", line)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("QTRAIN_DEBUG", "1")
+    assert train.run(config) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_the_program_keeps_its_trace(tiny, monkeypatch):
+    """A ValueError while it trains is nobody's refusal."""
+    from qtrain.training.module import QuantizedTransformer
+
+    def broken(self, batch):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(QuantizedTransformer, "token_losses", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        train.run(composed(*tiny))
 
 
 def test_check_does_not_import_lightning():

@@ -8,9 +8,19 @@ import pytest
 from round_device import plain_device
 
 from qtrain.communication.settings import CommunicationSettings
-from qtrain.planning.communication import BUCKET_BYTES, FLOAT32, NOTHING, Cluster, LowBits, of_ddp, of_fsdp2
+from qtrain.planning.communication import (
+    BUCKET_BYTES,
+    FLOAT32,
+    NOTHING,
+    Cluster,
+    LowBits,
+    ParameterGroup,
+    of_ddp,
+    of_fsdp2,
+)
 
 MIB = 2**20
+GROUP = ParameterGroup(1e9)
 
 
 def cluster(gpus: int, **changes: object) -> Cluster:
@@ -44,7 +54,7 @@ def test_nodes_share_their_network() -> None:
 def test_alone_nothing_is_said() -> None:
     one = cluster(1)
     assert of_ddp(one, 1e9, 1.0, overlaps=False) == NOTHING
-    assert of_fsdp2(one, [1e9], 1e9, 1, 1.0, 1.0) == NOTHING
+    assert of_fsdp2(one, [GROUP], GROUP, 1, 1.0, 1.0) == NOTHING
 
 
 def test_ddp_hides_behind_the_backward_but_for_its_last_bucket() -> None:
@@ -64,12 +74,12 @@ def test_ddp_hides_behind_the_backward_but_for_its_last_bucket() -> None:
 
 def test_fsdp2_gathers_blocks_twice_and_the_rest_once() -> None:
     two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
-    found = of_fsdp2(two, [1e9, 1e9, 1e9], 2e9, 4, 0.0, 0.0)
+    found = of_fsdp2(two, [GROUP] * 3, ParameterGroup(2e9), 4, 0.0, 0.0)
     # a micro-batch: blocks gathered twice and reduced once, the outer gathered and reduced once; half of each is sent
     assert found.sent_bytes == 4 * (3 * 3e9 + 2 * 2e9) / 2
     assert found.seconds == pytest.approx(4 * 6.5)
     assert found.exposed_seconds == pytest.approx(4 * 6.5), "behind no computation nothing hides"
-    hidden = of_fsdp2(two, [1e9, 1e9, 1e9], 2e9, 4, 1e3, 1e3)
+    hidden = of_fsdp2(two, [GROUP] * 3, ParameterGroup(2e9), 4, 1e3, 1e3)
     # the outer's gather, the first block's gather, the last block's reduce-scatter: 1 + 0.5 + 0.5 s
     assert hidden.exposed_seconds == pytest.approx(4 * 2.0)
     assert hidden.sent_bytes == found.sent_bytes
@@ -98,10 +108,24 @@ def test_codes_travel_with_their_scales() -> None:
     assert four_bits.sent_bytes == pytest.approx(1e9 * (4 + 32 / 128) / 32)
     # An all-to-all and an all-gather, half of the codes each; DDP's hook waits
     assert four_bits.exposed_seconds == four_bits.seconds == pytest.approx((4 + 32 / 128) / 32)
-    found = of_fsdp2(two, [1e9, 1e9], 2e9, 1, 0.0, 0.0, LowBits(gather=0.5, reduce=0.25))
+    low = LowBits(gather=0.5, reduce=0.25)
+    found = of_fsdp2(two, [ParameterGroup(1e9, 1e9)] * 2, ParameterGroup(2e9), 1, 0.0, 0.0, low)
     # blocks gathered twice at a half, the outer once in float32; both reduced at a quarter; half of each is sent
     assert found.sent_bytes == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2)
     assert found.seconds == pytest.approx((2 * 2e9 * 0.5 + 2e9 + 4e9 * 0.25) / 2 / 1e9)
+
+
+def test_what_a_recipe_excludes_is_gathered_in_float32() -> None:
+    two = cluster(2, gpus_per_node=2, link_gb_per_s=1.0, link_us=0.0)
+    blocks = [ParameterGroup(8e9, coded=6e9), ParameterGroup(8e9, coded=0.0)]
+    found = of_fsdp2(two, blocks, ParameterGroup(4e9, coded=2e9), 3, 0.0, 0.0, LowBits(gather=0.25))
+    first, second, outer = 2e9 + 1.5e9, 8e9, 2e9 + 0.5e9
+    everything = 2 * (first + second) + outer + (8e9 + 8e9 + 4e9)
+    assert found.sent_bytes == pytest.approx(3 * everything / 2)
+    assert found.seconds == pytest.approx(3 * everything / 2 / 1e9)
+    hidden = of_fsdp2(two, blocks, ParameterGroup(4e9, coded=2e9), 3, 1e3, 1e3, LowBits(gather=0.25))
+    # the outer's gather, the first block's, and its reduce-scatter
+    assert hidden.exposed_seconds == pytest.approx(3 * (outer + first + 8e9) / 2 / 1e9)
 
 
 def test_codes_go_over_a_nodes_network_once_a_card() -> None:
@@ -117,7 +141,8 @@ def test_codes_go_over_a_nodes_network_once_a_card() -> None:
     )
     at_once = cluster(16, gpus_per_node=4, link_gb_per_s=100.0, node_gb_per_s=20.0)
     exact, quarter = (
-        of_fsdp2(at_once, [16e9], 0.0, 1, 0.0, 0.0, low) for low in (FLOAT32, LowBits(reduce=0.25))
+        of_fsdp2(at_once, [ParameterGroup(16e9)], ParameterGroup(0.0), 1, 0.0, 0.0, low)
+        for low in (FLOAT32, LowBits(reduce=0.25))
     )
     assert quarter.sent_bytes == pytest.approx((2 + 0.25) / 3 * exact.sent_bytes)
     assert exact.seconds == pytest.approx(3 * 15e9 / 20e9)

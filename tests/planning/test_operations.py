@@ -76,7 +76,10 @@ def test_fusing_writes_what_a_product_reads_and_nothing_between() -> None:
         ("relu", 4000),
         ("mm", 4000 + 400 + 4000),
         ("sigmoid", 4000),
-        ("neg", 0),
+        (
+            "neg",
+            4000,
+        ),  # the result: 24,400 in all, as torch 2.13's Inductor counts (GraphLowering.count_bytes)
     ]
     kept = {tracker.operations[1].written[0][0]}  # x * 2 + 1, for a backward
     assert dict(fused_bytes(tracker.operations, kept))[tracker.operations[1]] == 4000
@@ -85,9 +88,31 @@ def test_fusing_writes_what_a_product_reads_and_nothing_between() -> None:
         x @ w
         y + 1
     moved = [(o.name.removeprefix("aten::"), n) for o, n in fused_bytes(tracker.operations)]
-    assert moved == [("mul", 4000 + 4000), ("mm", 4000 + 400 + 4000), ("add", 4000)], (
+    assert moved == [("mul", 4000 + 4000), ("mm", 4000 + 400 + 4000), ("add", 8000)], (
         "what a later run reads was written"
     )
+
+
+def test_fusing_writes_results() -> None:
+    """Of a block: its output and the float32 gradients; what is written again before its end counts at the last time."""
+    x, w = torch.ones(100, 10, requires_grad=True), torch.ones(10, 10, requires_grad=True)
+    with Tracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+        y = x @ w + x
+        forward = tracker.taken()
+        y.backward(torch.ones(100, 10))
+        backward = tracker.taken()
+    sizes = {n: 4 * n for n in (1000, 100)}  # of x, of w in float32
+    moved = [(o.name.removeprefix("aten::"), n) for o, n in fused_bytes(forward)]
+    assert moved[-1] == ("add", 2000 + sizes[1000] + sizes[1000])  # the product in bf16, x, and the result
+    last = {o.written[0][1]: n for o, n in fused_bytes(backward) if o.name == "aten::_to_copy"}
+    assert last[sizes[100]] == 200 + sizes[100], "the weight's gradient leaves in float32"
+    added = [n for o, n in fused_bytes(backward) if o.name == "aten::add"]
+    assert added[-1] == 2 * sizes[1000], "y's gradient is read, that of x is left"
+    with Tracker() as tracker:
+        again = torch.ones(1000) * 2
+        again.add_(1).mul_(3)
+    moved = [(o.name.removeprefix("aten::"), n) for o, n in fused_bytes(tracker.operations)]
+    assert moved[-3:] == [("mul", 0), ("add_", 0), ("mul_", 4000)]
 
 
 def test_what_weights_alone_made() -> None:

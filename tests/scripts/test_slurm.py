@@ -17,6 +17,7 @@ TRAINING = [path for path in SCRIPTS if path.stem != "prepare_array"]
 SRUN = r"""#!/bin/bash
 printf "%s\n" "$@" > "$HERE/srun.txt"
 echo "$SRUN_CPUS_PER_TASK" > "$HERE/cpus.txt"
+echo "${WANDB_SERVICE-none}" > "$HERE/service.txt"
 [ "$(cat /proc/$PPID/comm)" = bash ] || { echo "srun is not a child of the script" >&2; exit 1; }
 kill -TERM $PPID
 exit 75
@@ -24,7 +25,7 @@ exit 75
 PYTHON = '#!/bin/bash\necho "$@" > "$HERE/last.txt"\n'
 SLURM = {
     "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "8", "SLURM_ARRAY_JOB_ID": "120",
-    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_ID": "3", "WANDB_SERVICE": "3-7-unix-/tmp/of-the-login-node",
 }  # fmt: skip
 
 
@@ -48,6 +49,7 @@ def test_a_batch_script_trains_and_asks_for_more(
     words = ["recipe=none", "batch_sequences=16", *(["run=mine"] if "array" not in script.stem else [])]
     given = started_by(script, tmp_path, words)
     assert given[:4] == ["python", "-m", "qtrain.cli", "train"]
+    assert (tmp_path / "service.txt").read_text() == "none\n"  # W&B's process of who submits is not the run's
     assert cli.main([*given[3:], "--cfg"]) == 0
     config = capfd.readouterr().out
     shape = {"one_node": ("4", "1"), "many_nodes": ("4", "2"), "array": ("1", "1")}[script.stem]

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtrain.models.gpt import GPT, GPTConfig
-from qtrain.quant import ModelRecipe, QuantSpec
+from qtrain.quant import QuantSpec
 from qtrain.training.assembly import assemble
 from qtrain.training.callbacks.metrics_jsonl import read_metrics
 from qtrain.training.fit import train
 from qtrain.training.launcher import launch
-from qtrain.training.low_bit import communication_of, gathered_layers
+from qtrain.training.low_bit import communication_of
 from qtrain.training.processes import ProcessSettings
 from qtrain.training.report import table_rows
 from qtrain.training.saved import checkpoint_of, read_checkpoint
@@ -189,19 +188,6 @@ def test_the_bytes_are_in_the_metrics_and_in_the_table(out):
 
 def assemble_of(folder: Path):
     return assemble(saved(folder)["hyper_parameters"]["config"])
-
-
-def test_which_weights_are_gathered_in_low_bits():
-    model = GPT(GPTConfig(vocab_size=13, sequence_tokens=8, layers=1, heads=2, width=16, tie_embeddings=True))
-    found = gathered_layers(model, ModelRecipe(exclude=["*.up"]))
-    assert "lm_head.weight" not in found, "it is the table of the embedding too"
-    assert set(found) == {
-        f"blocks.0.{n}.weight" for n in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.down")
-    }
-    untied = GPT(
-        GPTConfig(vocab_size=13, sequence_tokens=8, layers=1, heads=2, width=16, tie_embeddings=False)
-    )
-    assert "lm_head.weight" in gathered_layers(untied, ModelRecipe())
 
 
 @pytest.mark.parametrize(
