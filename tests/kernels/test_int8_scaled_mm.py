@@ -59,6 +59,35 @@ def test_every_tier_gives_the_bits_of_the_reference(tier: cpu_tier.Tier, threads
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "turned"),
+    [
+        pytest.param(300, 1100, 1000, False, id="several pieces of panels and of rows, K-major"),
+        pytest.param(290, 1090, 1000, True, id="the same, transposed, the last four panels incomplete"),
+        pytest.param(600, 40, 4100, True, id="several pieces of rows and parts of K"),
+        pytest.param(100, 90, 1030, False, id="a last part of K of one line"),
+    ],
+)
+def test_products_of_many_pieces(
+    tier: cpu_tier.Tier, M: int, N: int, K: int, turned: bool, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(K)
+    a, b = (
+        torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in ((M, K), (N, K))
+    )
+    b = b.t().contiguous().t() if turned else b
+    a_scale, b_scale, bias = (torch.rand(n, generator=generator) for n in (M, N, N))
+    arguments = (a, b, a_scale, b_scale, bias, torch.bfloat16 if turned else torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = int8_scaled_mm.kernel("cpu")(*arguments, on=tier)
+    finally:
+        torch.set_num_threads(before)
+    assert contract.same_bits(y, declaration.reference(*arguments))
+
+
 @pytest.mark.parametrize("name", ["torch", *(name for name in TIERS if name == "avx2")])
 def test_torch_s_chunks_give_the_bits_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_scaled_mm_cpu, "SUMS_BYTES", 1000)
