@@ -118,9 +118,12 @@ def run(cfg: DictConfig) -> int:
         from . import bench_data
 
         return bench_data.run(cfg)
+    from qtrain.training.host_memory import keep_freed_memory
     from qtrain.training.run_folder import write_text
 
     device = _device(cfg)
+    if device == "cpu":
+        keep_freed_memory()  # as a run does
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(cfg.output) if cfg.output else Path("outputs/bench") / f"{cfg.what}_{stamp}.json"
     report = {"settings": settings(cfg), **provenance(device)}

@@ -27,6 +27,7 @@ from .callbacks.checkpoint import CheckpointWriter, of_storage, storage_verdict
 from .callbacks.metrics_jsonl import METRICS, MetricsJSONL, read_metrics
 from .checkpoints import checkpoint_name
 from .datamodule import WindowsDataModule, open_corpus
+from .host_memory import keep_freed_memory
 from .low_bit import summary_of
 from .module import QuantizedTransformer
 from .plot import plot_losses
@@ -118,6 +119,8 @@ def train(parts: Assembly) -> tuple[Verdict, Path]:
     Raises StartRefused, before anything is trained, for data, a baseline or a checkpoint that do not fit.
     """
     begun, settings = time.perf_counter(), parts.settings
+    if resolved_device(settings.device) == "cpu":
+        keep_freed_memory()
     with refusing():
         reference = None if settings.baseline is None else reference_run(settings.baseline, settings.out)
         data = WindowsDataModule(parts, rank_zero_first(lambda: open_corpus(parts)))
