@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -103,6 +104,26 @@ def _launch_built(
     if status:
         raise MemoryError(f"no memory to multiply {tuple(a.shape)} by {tuple(b.shape)}")
     return y
+
+
+def products_alone(on: Tier) -> tuple[Callable[[], float], float] | None:
+    """(a function, the operations of its call): about a millisecond of the products of int8_scaled_mm on registers alone, by
+    torch's number of threads, which no GEMM of the tier can outrun. None for a tier whose products are not its own."""
+    products = getattr(on.library, "qtrain_int8_products", None)
+    if products is None:
+        return None
+    amx, threads, steps = (
+        int(on.name == "amx"),
+        torch.get_num_threads(),
+        40_000 if on.name == "amx" else 500_000,
+    )
+    products.restype = ctypes.c_double
+
+    def run() -> float:
+        operations: float = products(amx, threads, ctypes.c_long(steps))
+        return operations
+
+    return run, run()
 
 
 def _is_dense(x: Tensor) -> bool:

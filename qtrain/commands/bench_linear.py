@@ -3,7 +3,7 @@ the floor of the machine. And that machine's roof: GEMM rates and copy bandwidth
 
     floor = 3 * 2 T I O / (int8 rate) + (bytes of x, W, g read and y, dx, dW written, once each) / (copy bandwidth)
 
-T tokens, I in, O out.
+The int8 rate is that of the products alone, on registers; of a GEMM where the products are not ours. T tokens, I in, O out.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ COPY_BYTES = 1 << 26  # read, and as many written: beyond L2
 def roof_functions() -> dict[str, tuple[Callable[[int], Any], float]]:
     """name -> (what is timed, operations or bytes of one call)."""
     import torch
+    from qtrain_kernels.cpu_tier import tier
     from qtrain_kernels.int8_scaled_mm import int8_scaled_mm
+    from qtrain_kernels.int8_scaled_mm_cpu import products_alone
 
     size, generator = ROOF_SIZE, torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (size, size), generator=generator, dtype=torch.int8)
     scale, single, source = torch.rand(size, generator=generator), codes.float(), torch.ones(COPY_BYTES // 4)
     half, target, operations = codes.bfloat16(), torch.empty_like(source), 2.0 * size**3
-    return {
+    alone = products_alone(tier())
+    peak: dict[str, tuple[Callable[[int], Any], float]] = {}
+    if alone is not None:
+        multiply, products = alone
+        peak["int8 peak"] = (lambda _: multiply(), products)
+    return peak | {
         "int8 GEMM": (lambda _: int8_scaled_mm(codes, codes, scale, scale, None, torch.bfloat16), operations),
         "bf16 GEMM": (lambda _: half @ half.t(), operations),
         "fp32 GEMM": (lambda _: single @ single.t(), operations),
@@ -58,7 +65,8 @@ def floor_ms(shape: tuple[int, int, int], roof: Mapping[str, float]) -> float:
     """Of the native layer with bf16 activations: x, y, g, dx of 2 bytes, W and dW of 4."""
     T, I, O = shape
     moved = 2 * 2 * (T * I + T * O) + 2 * 4 * I * O
-    return 1e3 * (3 * 2 * T * I * O / roof["int8 GEMM"] + moved / roof["copy"])
+    rate = roof.get("int8 peak", roof["int8 GEMM"])
+    return 1e3 * (3 * 2 * T * I * O / rate + moved / roof["copy"])
 
 
 def linear_step(

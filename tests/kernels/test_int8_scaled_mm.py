@@ -95,6 +95,22 @@ def test_torch_s_chunks_give_the_bits_of_the_whole(name: str, monkeypatch: pytes
     assert contract.failures(int8_scaled_mm, implementation=kernel) == []
 
 
+def test_the_peak_counts_the_products_of_all_threads() -> None:
+    """AMX: 4 of 16 x 16 x 64 a step; vectors: 12 of 16 or 8 sums of four."""
+    expected = {
+        "amx": 40_000 * 4 * 16 * 16 * 64,
+        "avx512_vnni": 500_000 * 12 * 64,
+        "avx2_vnni": 500_000 * 12 * 32,
+    }
+    before = torch.get_num_threads()
+    for name in TIERS:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = int8_scaled_mm_cpu.products_alone(cpu_tier._tier(name))
+            torch.set_num_threads(before)
+            assert (found and found[1]) == (2 * threads * expected[name] if name in expected else None)
+
+
 def test_two_callers_at_once(tier: cpu_tier.Tier) -> None:
     """Scratch memory belongs to the calling thread."""
     from concurrent.futures import ThreadPoolExecutor

@@ -180,4 +180,22 @@ extern "C" int qtrain_int8_scaled_mm(const int8_t* a, long a_stride, const int8_
   if (y_is_bf16) return qtrain::multiply(o, (qtrain::bf16*)y, threads);
   return qtrain::multiply(o, (float*)y, threads);
 }
+
+// The products alone, of registers that nothing fills and nothing reads. Returns the operations (two a product) of all threads.
+extern "C" double qtrain_int8_products(int, int threads, long steps) {
+#pragma omp parallel num_threads(threads)
+  {
+    __m256i a = _mm256_set1_epi32(1), b = _mm256_set1_epi32(2);
+    __m256i s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a, s8 = a, s9 = a, s10 = a, s11 = a;
+    for (long i = 0; i < steps; i++)
+      asm volatile(
+          "%{vex%} vpdpbusd %13, %12, %0\n %{vex%} vpdpbusd %13, %12, %1\n %{vex%} vpdpbusd %13, %12, %2\n"
+          "%{vex%} vpdpbusd %13, %12, %3\n %{vex%} vpdpbusd %13, %12, %4\n %{vex%} vpdpbusd %13, %12, %5\n"
+          "%{vex%} vpdpbusd %13, %12, %6\n %{vex%} vpdpbusd %13, %12, %7\n %{vex%} vpdpbusd %13, %12, %8\n"
+          "%{vex%} vpdpbusd %13, %12, %9\n %{vex%} vpdpbusd %13, %12, %10\n %{vex%} vpdpbusd %13, %12, %11\n"
+          : "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7), "+x"(s8), "+x"(s9), "+x"(s10), "+x"(s11)
+          : "x"(a), "x"(b));
+  }
+  return 2.0 * (double)threads * (double)steps * 12 * 32;
+}
 #endif
