@@ -15,7 +15,7 @@ constexpr long BLOCK = 32;              // rows and columns
 constexpr long TILE_SUMS = 16 * 16;     // of a tile, contiguous; a block has four: upper left, upper right, lower left, lower right
 constexpr long SHORT_K = 1024;          // 32 rows of it fill L1 by two thirds
 constexpr long PART_K = 512;            // of two panels: 16 kB of L1
-constexpr long RESIDENT = 1 << 20;      // bytes of what stays in L2, half of it on every CPU with AMX
+constexpr long RESIDENT = 3 << 18;      // bytes of what stays in L2, of which every CPU with AMX has 2 MB, for two threads
 
 inline void configure_tiles() {
   alignas(64) static const uint8_t config[64] = {
