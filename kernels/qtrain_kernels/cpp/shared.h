@@ -77,6 +77,38 @@ inline void finish_column_scales(const Side& columns, float* inverse, long n, co
   });
 }
 
+constexpr long BLOCK_ROWS = 256, BLOCK_COLUMNS = 512;  // of tiles, whose pages and lines fit the second TLB and L2
+
+// Both passes over x [R, C]. measure(from, to, bits): largest magnitudes of rows [from, to), those of rows as bits into
+// rows.scale and those of columns into bits [C]. tile(r, c): the codes of TILE rows from r on and TILE columns from c on.
+template <class Measure, class Tile>
+void quantize_in_two_passes(long R, long C, const Side& rows, const Side& columns, float* row_inverse, float* column_inverse,
+                            int32_t* column_bits, int threads, Measure measure, Tile tile) {
+  const long down = (R + BLOCK_ROWS - 1) / BLOCK_ROWS, across = (C + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+#pragma omp parallel num_threads(threads)
+  {
+    // As many parts as threads, whether or not that many came
+#pragma omp for schedule(static, 1)
+    for (int t = 0; t < threads; t++) measure(R * t / threads, R * (t + 1) / threads, column_bits + t * C);
+#pragma omp single
+    {
+      finish_row_scales(rows, row_inverse, R);
+      finish_column_scales(columns, column_inverse, C, column_bits, threads);
+    }
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < down * across; i++) {
+      const long r0 = i / across * BLOCK_ROWS, r1 = r0 + BLOCK_ROWS < R ? r0 + BLOCK_ROWS : R;
+      const long c0 = i % across * BLOCK_COLUMNS, c1 = c0 + BLOCK_COLUMNS < C ? c0 + BLOCK_COLUMNS : C;
+      for (long r = r0; r < r1; r += TILE)
+        for (long c = c0; c < c1; c += TILE) {
+          if (columns.codes && c + 2 * TILE <= c1)  // the lines of the next tile, which lie far from each other
+            for (long j = c + TILE; j < c + 2 * TILE; j++) __builtin_prefetch(columns.codes + j * R + r, 1);
+          tile(r, c);
+        }
+    }
+  }
+}
+
 // Memory that is aligned, grows, and is kept by its thread: fresh pages cost more than what they are used for.
 class Scratch {
  public:

@@ -144,22 +144,10 @@ struct Quantizer {
   }
 
   void run(int threads) const {
-    const auto tile = tiles();
-    const auto measure = measures();
-#pragma omp parallel num_threads(threads)
-    {
-      // As many parts as threads, whether or not that many came
-#pragma omp for schedule(static, 1)
-      for (int t = 0; t < threads; t++) (this->*measure)(R * t / threads, R * (t + 1) / threads, column_bits + t * C);
-#pragma omp single
-      {
-        finish_row_scales(rows, row_inverse, R);
-        finish_column_scales(columns, column_inverse, C, column_bits, threads);
-      }
-#pragma omp for schedule(static) nowait
-      for (long r = 0; r < R; r += TILE)
-        for (long c = 0; c < C; c += TILE) (this->*tile)(r, c);
-    }
+    quantize_in_two_passes(
+        R, C, rows, columns, row_inverse, column_inverse, column_bits, threads,
+        [this, measure = measures()](long from, long to, int32_t* bits) { (this->*measure)(from, to, bits); },
+        [this, tile = tiles()](long r, long c) { (this->*tile)(r, c); });
   }
 };
 

@@ -13,8 +13,6 @@
 namespace qtrain {
 namespace {
 
-constexpr long BLOCK_ROWS = 256, BLOCK_COLUMNS = 512;  // of tiles, whose pages and lines fit the second TLB and L2
-
 inline __m512i magnitude(__m512 v) { return _mm512_castps_si512(_mm512_abs_ps(v)); }
 
 // v -> codes as the low bytes of 32-bit integers, other bits zero. NaN converts to 0x80000000, whose low byte is 0.
@@ -82,12 +80,6 @@ struct Quantizer {
     }
   }
 
-  // From magnitudes to scales, once all threads have measured.
-  void finish_scales(int threads) const {
-    finish_row_scales(rows, row_inverse, R);
-    finish_column_scales(columns, column_inverse, C, column_bits, threads);
-  }
-
   // The codes of 64 columns of row r, which are v, along the row.
   template <bool STOCHASTIC>
   [[gnu::always_inline]] static __m512i along_row(const __m512 v[4], const Group& group, __m512 inverse, RowKeys keys, long c, __m512i top) {
@@ -147,26 +139,19 @@ struct Quantizer {
   }
 
   template <bool ROWS, bool COLUMNS, bool ROW_NOISE, bool COLUMN_NOISE>
-  void block(long r0, long r1, long c0, long c1) const {
-    for (long r = r0; r < r1; r += TILE)
-      for (long c = c0; c < c1; c += TILE) {
-        if (columns.codes && c + 2 * TILE <= c1)  // the lines of the next tile, which lie far from each other
-          for (long i = 0; i < TILE; i++) __builtin_prefetch(columns.codes + (c + TILE + i) * R + r, 1);
-        if (R - r >= TILE && C - c >= TILE)
-          tile<ROWS, COLUMNS, ROW_NOISE, COLUMN_NOISE, true>(r, c);
-        else
-          tile<ROWS, COLUMNS, ROW_NOISE, COLUMN_NOISE, false>(r, c);
-      }
+  void tile_or_edge(long r, long c) const {
+    if (R - r >= TILE && C - c >= TILE)
+      tile<ROWS, COLUMNS, ROW_NOISE, COLUMN_NOISE, true>(r, c);
+    else
+      tile<ROWS, COLUMNS, ROW_NOISE, COLUMN_NOISE, false>(r, c);
   }
 
-  auto blocks() const {
-    const int noise = (rows.stochastic ? 1 : 0) + (columns.stochastic ? 2 : 0);
-    if (!columns.codes) return noise & 1 ? &Quantizer::block<true, false, true, false> : &Quantizer::block<true, false, false, false>;
-    if (!rows.codes) return noise & 2 ? &Quantizer::block<false, true, false, true> : &Quantizer::block<false, true, false, false>;
-    return noise == 0   ? &Quantizer::block<true, true, false, false>
-           : noise == 1 ? &Quantizer::block<true, true, true, false>
-           : noise == 2 ? &Quantizer::block<true, true, false, true>
-                        : &Quantizer::block<true, true, true, true>;
+  auto tiles() const {
+    const bool row_noise = rows.stochastic, column_noise = columns.stochastic;
+    if (!columns.codes) return row_noise ? &Quantizer::tile_or_edge<true, false, true, false> : &Quantizer::tile_or_edge<true, false, false, false>;
+    if (!rows.codes) return column_noise ? &Quantizer::tile_or_edge<false, true, false, true> : &Quantizer::tile_or_edge<false, true, false, false>;
+    if (row_noise) return column_noise ? &Quantizer::tile_or_edge<true, true, true, true> : &Quantizer::tile_or_edge<true, true, true, false>;
+    return column_noise ? &Quantizer::tile_or_edge<true, true, false, true> : &Quantizer::tile_or_edge<true, true, false, false>;
   }
 
   // Rows [from, to), each measured and then coded.
@@ -190,32 +175,18 @@ struct Quantizer {
   }
 
   void run(int threads) const {
-    const auto code = blocks();
-    const bool one_pass = rows.codes && !columns.codes && !rows.per_tensor;
-    const long down = (R + BLOCK_ROWS - 1) / BLOCK_ROWS, across = (C + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-#pragma omp parallel num_threads(threads)
-    {
-      // As many parts as threads, whether or not that many came
-#pragma omp for schedule(static, 1)
+    if (rows.codes && !columns.codes && !rows.per_tensor) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
       for (int t = 0; t < threads; t++) {
-        const long from = R * t / threads, to = R * (t + 1) / threads;
-        if (!one_pass)
-          measure(from, to, column_bits + t * C);
-        else if (rows.stochastic)
-          rows_alone<true>(from, to);
-        else
-          rows_alone<false>(from, to);
+        const auto code = rows.stochastic ? &Quantizer::rows_alone<true> : &Quantizer::rows_alone<false>;
+        (this->*code)(R * t / threads, R * (t + 1) / threads);
       }
-      if (!one_pass) {
-#pragma omp single
-        finish_scales(threads);
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < down * across; i++) {
-          const long r = i / across * BLOCK_ROWS, c = i % across * BLOCK_COLUMNS;
-          (this->*code)(r, std::min(R, r + BLOCK_ROWS), c, std::min(C, c + BLOCK_COLUMNS));
-        }
-      }
+      return;
     }
+    quantize_in_two_passes(
+        R, C, rows, columns, row_inverse, column_inverse, column_bits, threads,
+        [this](long from, long to, int32_t* bits) { measure(from, to, bits); },
+        [this, tile = tiles()](long r, long c) { (this->*tile)(r, c); });
   }
 };
 
