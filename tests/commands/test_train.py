@@ -109,7 +109,7 @@ def other(tmp_path):
     from qtrain.training.assembly import assemble
 
     texts = ["data=text", f"data.source.paths=[{tmp_path / 'corpus'}]", f"data.folder={tmp_path / 'bpe'}"]
-    config = train.plain(composed(*texts, "data.val_fraction=0.3", "data.tokenizer=bpe:300"))
+    config = train.plain(cpu(*texts, "data.val_fraction=0.3", "data.tokenizer=bpe:300"))
     folder = assemble(config).data.open().shards.directory
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text('{"val_loss": 1.0, "data": {"shards": "others"}}')
@@ -135,7 +135,7 @@ def test_what_a_run_meets_before_it_has_a_folder_is_one_line_and_2(
     if "data=prepared" in words:
         tiny = [word for word in tiny if not word.startswith("data")]
     monkeypatch.setattr("qtrain.training.assembly.shutil.which", lambda name: None)
-    config = composed(*tiny, *words.split())
+    config = cpu(*tiny, *words.split())
     assert train.run(config) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"qtrain: .*{message}", line)
@@ -154,7 +154,7 @@ def test_an_error_of_the_program_keeps_its_trace(tiny, monkeypatch):
 
     monkeypatch.setattr(QuantizedTransformer, "token_losses", broken)
     with pytest.raises(ValueError, match="a bug"):
-        train.run(composed(*tiny))
+        train.run(cpu(*tiny))
 
 
 def test_check_does_not_import_lightning():
