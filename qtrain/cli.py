@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        return _refuse(str(error))
+        _refuse(str(error))
+        return error.exit_code
     except RunFailed:
         return 1
     except BrokenPipeError:

@@ -24,7 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 class UserError(Exception):
-    """Something the user can put right: printed without a trace, exit code 2."""
+    """Something the user can put right: printed without a trace, exit code 2, where nothing has been started."""
+
+    exit_code = 2
 
 
 def near(word: str, names: Sequence[str], count: int = 3) -> list[str]:

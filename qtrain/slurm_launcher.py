@@ -37,6 +37,12 @@ from qtrain.overrides import UserError
 from qtrain.submission import run_folder, shape_of
 
 
+class Taken(UserError):
+    """SLURM has jobs of this sweep, or may have: not exit code 2, after which a script would submit them again."""
+
+    exit_code = 1
+
+
 class Refused(UserError):
     """No job was submitted."""
 
@@ -75,7 +81,7 @@ class SlurmLauncher(Base):
         )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Submits, and waits where that is asked for. Raises UserError where SLURM refuses the jobs, and where it has taken them and
+        """Submits, and waits where that is asked for. Raises Refused where SLURM refuses the jobs, and Taken where it has taken them and
         that cannot be written down."""
         assert self.config is not None
         if initial_job_idx:
@@ -102,7 +108,7 @@ class SlurmLauncher(Base):
         try:
             path = write_sweep(sweep, str(self.config.hydra.job.name), array, arms, Path.cwd())
         except OSError as error:
-            raise UserError(_unrecorded(array, arms, sweep / SWEEP, error)) from error
+            raise Taken(_unrecorded(array, arms, sweep / SWEEP, error)) from error
         print(f"submitted job {array}: {len(arms)} run(s), {path}", flush=True)
         if asked.wait:
             codes = wait_for(arms, asked.poll_seconds)
@@ -162,7 +168,7 @@ class SlurmLauncher(Base):
             raise Refused(f"SLURM did not take the jobs: {said[-1] if said else error}") from error
         except (OSError, submitit.core.utils.FailedSubmissionError) as error:
             # Before sbatch or after it: submitit writes files at both times
-            raise UserError(
+            raise Taken(
                 f"the sweep could not be submitted to the end ({error}); where sbatch had taken it already, squeue --me shows its job, "
                 f"and scancel ends it: its arms cannot run without their files in {place}"
             ) from error

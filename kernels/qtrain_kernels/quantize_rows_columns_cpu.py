@@ -52,6 +52,8 @@ def launch(
     draws = (row_stochastic and row_qmax) or (column_stochastic and column_qmax)
     counters = [int(counter) for counter in (seed, step, row_offset)] if draws else [0, 0, 0]
     outputs = declaration.int8_outputs(x, row_qmax, column_qmax)
+    if not row_qmax and not column_qmax:
+        return outputs
     row_codes, row_scale, column_codes, column_scale = outputs
     status = library.qtrain_quantize_int8(
         ctypes.c_void_p(x.data_ptr()),

@@ -97,6 +97,14 @@ def test_rows_are_those_of_quantize_rows(case: str) -> None:
     assert torch.equal(got[1].isnan(), want[1].isnan())
 
 
+@pytest.mark.parametrize("name", TIERS)
+def test_no_copy_wanted(name: str) -> None:
+    zero = torch.zeros((), dtype=torch.int64)
+    arguments = (torch.randn(70, 65), *(0, False, False, 0, None) * 2, zero, zero, zero)
+    outputs = quantize_rows_columns.kernel("cpu")(*arguments, on=cpu_tier._tier(name))
+    assert [x.shape for x in outputs] == [x.shape for x in declaration.reference(*arguments)]
+
+
 def test_columns_are_the_rows_of_the_transpose() -> None:
     x = torch.randn(70, 45, generator=torch.Generator().manual_seed(0))
     side, fold, nothing = (127, False, False, 0), torch.linspace(0.5, 2, 70), (0, False, False, 0, None)

@@ -132,13 +132,21 @@ void block(const Operands& o, const Chunk& c, const uint8_t* panel, long i, long
   }
 }
 
+inline Scratch& packed_panels() {
+  static thread_local Scratch memory;
+  return memory;
+}
+inline Scratch& chunk_memory() {
+  static thread_local Scratch memory;
+  return memory;
+}
+
 template <class Out>
 int multiply(const Operands& o, Out* y, int threads) {
-  static thread_local Scratch panels_memory, chunk_memory;
   const long panels = (o.N + COLUMNS - 1) / COLUMNS;
   const long bytes = padded(o.K) * COLUMNS + 64;  // and a line, so that panels do not all begin in one set of a cache
-  uint8_t* packed = (uint8_t*)panels_memory.get(panels * bytes);
-  const long share = round_up((o.M + threads - 1) / threads, BLOCK_M);  // small M: everybody has some
+  uint8_t* packed = (uint8_t*)packed_panels().get(panels * bytes);
+  const long share = round_up((o.M + threads - 1) / threads, BLOCK_M);  // small M: everybody has some, 6 rows at least
   const long rows = std::min(share, std::max(1L, L2_BYTES / padded(o.K) / BLOCK_M) * BLOCK_M);
   if (packed == nullptr) return 1;
   int failed = 0;
@@ -146,7 +154,7 @@ int multiply(const Operands& o, Out* y, int threads) {
   {
 #pragma omp for schedule(static)
     for (long p = 0; p < panels; p++) pack_panel(o, p, packed + p * bytes);
-    uint8_t* memory = (uint8_t*)chunk_memory.get(chunk_bytes(o.K, rows));
+    uint8_t* memory = (uint8_t*)chunk_memory().get(chunk_bytes(o.K, rows));
     failed = memory == nullptr;
 #pragma omp for schedule(dynamic, 1) nowait
     for (long m = 0; m < o.M; m += rows) {

@@ -73,6 +73,7 @@ inline void copy_rows(const Operands& o, long first, long rows, int8_t* blocks) 
           const __m512i codes = _mm512_maskz_loadu_epi8(lanes, o.a + (first + m + i) * o.a_stride + k);
           _mm512_store_si512(blocks + m * width + k * BLOCK + i * LINE, codes);
         }
+  asm volatile("" ::: "memory");  // GCC's _tile_loadd does not say that it reads memory
 }
 
 // sums (+)= a block of rows times two panels, over K from `from` to `to`.
@@ -162,16 +163,24 @@ void multiply_long(const Operands& o, Out* y, const uint8_t* packed, long m0, lo
   }
 }
 
+inline Scratch& amx_panels() {
+  static thread_local Scratch memory;
+  return memory;
+}
+inline Scratch& amx_rows() {
+  static thread_local Scratch memory;
+  return memory;
+}
+
 // 0, or 1 where there is no memory.
 template <class Out>
 int multiply_amx(const Operands& o, Out* y, int threads) {
-  static thread_local Scratch panels_memory, rows_memory;
   const long width = o.width(), panels = o.panels();
-  uint8_t* packed = (uint8_t*)panels_memory.get(panels * o.panel_bytes());
+  uint8_t* packed = (uint8_t*)amx_panels().get(panels * o.panel_bytes());
   if (packed == nullptr) return 1;
   const bool is_short = width <= SHORT_K;
   const long kept_panels = is_short ? std::max(2L, RESIDENT / (16 * width) / 2 * 2) : panels;
-  // Each thread has the same number of pieces, or nearly
+  // Each thread has the same number of pieces, or nearly, where M is large enough
   const long share = (o.M + threads - 1) / threads, most = is_short ? 8 * BLOCK : std::max(BLOCK, RESIDENT / width);
   const long pieces = (share + most - 1) / most, rows = round_up((share + pieces - 1) / pieces, BLOCK);
   const long kept_rows = is_short ? BLOCK : rows, kept_sums = (is_short ? 2 : rows / BLOCK) * 4 * TILE_SUMS;
@@ -180,7 +189,7 @@ int multiply_amx(const Operands& o, Out* y, int threads) {
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     pack(o, packed, 0);
-    uint8_t* memory = (uint8_t*)rows_memory.get(kept_rows * width + kept_sums * sizeof(int32_t));
+    uint8_t* memory = (uint8_t*)amx_rows().get(kept_rows * width + kept_sums * sizeof(int32_t));
     failed = memory == nullptr;
     configure_tiles();
 #pragma omp for schedule(dynamic, 1) nowait

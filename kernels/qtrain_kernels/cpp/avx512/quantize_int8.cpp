@@ -2,7 +2,7 @@
 //
 // Two passes over x: the largest magnitudes of rows and columns, then the codes. The second works on 64 x 64 tiles, so
 // that both copies are written in whole cache lines: rows as they are, columns after a transposition in registers. Rows
-// alone need one pass: a row is still in L1 when its scale is known. Magnitudes are compared as the integers of their
+// alone, with a scale each, need one pass: a row is still in L1 when its scale is known. Magnitudes are compared as the integers of their
 // bits, where NaN > infinity > every number: none is lost.
 
 #include <algorithm>
