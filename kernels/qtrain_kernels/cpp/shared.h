@@ -109,8 +109,7 @@ void quantize_in_two_passes(long R, long C, const Side& rows, const Side& column
   }
 }
 
-// Memory that is aligned, grows, and is kept by its thread: fresh pages cost more than what they are used for. A
-// thread_local one belongs into a function that its thread calls: only who passes the declaration frees it at its end.
+// Memory that is aligned, grows, and is kept by its thread: fresh pages cost more than what they are used for.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }

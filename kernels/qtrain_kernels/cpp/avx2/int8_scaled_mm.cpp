@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "../shared.h"
+#include "../int8_gemm.h"
 
 namespace qtrain {
 namespace {
@@ -46,13 +46,7 @@ void dequantize(const int32_t* sums, const float* a_scale, const float* b_scale,
 constexpr long BLOCK_M = 6, COLUMNS = 16;
 constexpr long L2_BYTES = 256 << 10;  // of rows of a, beside the panel that passes by
 
-struct Operands {
-  const int8_t *a, *b;
-  long a_stride, b_stride;  // between rows of a; of b, between rows [N] where b_k_major, else between rows [K]
-  bool b_k_major;
-  const float *a_scale, *b_scale, *bias;  // scales [M], [N]; bias [N] or null
-  long M, N, K;
-};
+using Operands = GemmOperands;
 
 inline long padded(long K) { return round_up(std::max(K, 1L), 4); }
 
@@ -132,39 +126,21 @@ void block(const Operands& o, const Chunk& c, const uint8_t* panel, long i, long
   }
 }
 
-inline Scratch& packed_panels() {
-  static thread_local Scratch memory;
-  return memory;
-}
-inline Scratch& chunk_memory() {
-  static thread_local Scratch memory;
-  return memory;
-}
-
 template <class Out>
 int multiply(const Operands& o, Out* y, int threads) {
   const long panels = (o.N + COLUMNS - 1) / COLUMNS;
   const long bytes = padded(o.K) * COLUMNS + 64;  // and a line, so that panels do not all begin in one set of a cache
-  uint8_t* packed = (uint8_t*)packed_panels().get(panels * bytes);
-  const long share = round_up((o.M + threads - 1) / threads, BLOCK_M);  // small M: everybody has some, 6 rows at least
-  const long rows = std::min(share, std::max(1L, L2_BYTES / padded(o.K) / BLOCK_M) * BLOCK_M);
-  if (packed == nullptr) return 1;
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
+  const long rows = rows_at_a_time(o.M, BLOCK_M, L2_BYTES / padded(o.K), threads);
+  auto pack = [&](uint8_t* packed) {
 #pragma omp for schedule(static)
     for (long p = 0; p < panels; p++) pack_panel(o, p, packed + p * bytes);
-    uint8_t* memory = (uint8_t*)chunk_memory().get(chunk_bytes(o.K, rows));
-    failed = memory == nullptr;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long m = 0; m < o.M; m += rows) {
-      if (failed) continue;
-      const Chunk chunk = copy_chunk(o, m, std::min(rows, o.M - m), memory);
-      for (long p = 0; p < panels; p++)
-        for (long i = 0; i < chunk.count; i += BLOCK_M) block(o, chunk, packed + p * bytes, i, COLUMNS * p, y);
-    }
-  }
-  return failed;
+  };
+  return multiply_pieces((o.M + rows - 1) / rows, panels * bytes, chunk_bytes(o.K, rows), threads, pack,
+                         [&](long piece, const uint8_t* packed, uint8_t* own) {
+    const Chunk chunk = copy_chunk(o, piece * rows, std::min(rows, o.M - piece * rows), own);
+    for (long p = 0; p < panels; p++)
+      for (long i = 0; i < chunk.count; i += BLOCK_M) block(o, chunk, packed + p * bytes, i, COLUMNS * p, y);
+  });
 }
 
 #endif

@@ -19,7 +19,7 @@ extern "C" int qtrain_request_amx() {
 extern "C" int qtrain_int8_scaled_mm(const int8_t* a, long a_stride, const int8_t* b, long b_stride, int b_k_major,
                                      const float* a_scale, const float* b_scale, const float* bias, void* y, int y_is_bf16,
                                      long M, long N, long K, int amx, int threads) {
-  const qtrain::Operands o{a, b, a_stride, b_stride, b_k_major != 0, a_scale, b_scale, bias, M, N, K};
+  const qtrain::Operands o{{a, b, a_stride, b_stride, b_k_major != 0, a_scale, b_scale, bias, M, N, K}};
   if (y_is_bf16) {
     auto* out = (qtrain::bf16*)y;
     return amx ? qtrain::multiply_amx(o, out, threads) : qtrain::multiply_vnni(o, out, threads);

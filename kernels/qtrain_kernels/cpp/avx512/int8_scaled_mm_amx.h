@@ -163,21 +163,10 @@ void multiply_long(const Operands& o, Out* y, const uint8_t* packed, long m0, lo
   }
 }
 
-inline Scratch& amx_panels() {
-  static thread_local Scratch memory;
-  return memory;
-}
-inline Scratch& amx_rows() {
-  static thread_local Scratch memory;
-  return memory;
-}
-
 // 0, or 1 where there is no memory.
 template <class Out>
 int multiply_amx(const Operands& o, Out* y, int threads) {
   const long width = o.width(), panels = o.panels();
-  uint8_t* packed = (uint8_t*)amx_panels().get(panels * o.panel_bytes());
-  if (packed == nullptr) return 1;
   const bool is_short = width <= SHORT_K;
   const long kept_panels = is_short ? std::max(2L, RESIDENT / (16 * width) / 2 * 2) : panels;
   // Each thread has the same number of pieces, or nearly, where M is large enough
@@ -185,27 +174,20 @@ int multiply_amx(const Operands& o, Out* y, int threads) {
   const long pieces = (share + most - 1) / most, rows = round_up((share + pieces - 1) / pieces, BLOCK);
   const long kept_rows = is_short ? BLOCK : rows, kept_sums = (is_short ? 2 : rows / BLOCK) * 4 * TILE_SUMS;
   const long row_pieces = (o.M + rows - 1) / rows, panel_pieces = (panels + kept_panels - 1) / kept_panels;
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    pack(o, packed, 0);
-    uint8_t* memory = (uint8_t*)amx_rows().get(kept_rows * width + kept_sums * sizeof(int32_t));
-    failed = memory == nullptr;
-    configure_tiles();
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long piece = 0; piece < row_pieces * panel_pieces; piece++) {
-      if (failed) continue;
-      const long m0 = piece % row_pieces * rows, m1 = std::min(o.M, m0 + rows);
-      const long p0 = piece / row_pieces * kept_panels, p1 = std::min(panels, p0 + kept_panels);
-      int32_t* sums = (int32_t*)(memory + kept_rows * width);
-      if (is_short)
-        multiply_short(o, y, packed, m0, m1, p0, p1, (int8_t*)memory, sums);
-      else
-        multiply_long(o, y, packed, m0, m1, (int8_t*)memory, sums);
-    }
-    _tile_release();
-  }
-  return failed;
+  return multiply_pieces(
+      row_pieces * panel_pieces, panels * o.panel_bytes(), kept_rows * width + kept_sums * sizeof(int32_t), threads,
+      [&](uint8_t* packed) { pack(o, packed, 0); },
+      [&](long piece, const uint8_t* packed, uint8_t* own) {
+        const long m0 = piece % row_pieces * rows, m1 = std::min(o.M, m0 + rows);
+        const long p0 = piece / row_pieces * kept_panels, p1 = std::min(panels, p0 + kept_panels);
+        int32_t* sums = (int32_t*)(own + kept_rows * width);
+        configure_tiles();
+        if (is_short)
+          multiply_short(o, y, packed, m0, m1, p0, p1, (int8_t*)own, sums);
+        else
+          multiply_long(o, y, packed, m0, m1, (int8_t*)own, sums);
+        _tile_release();
+      });
 }
 
 }  // namespace

@@ -119,15 +119,6 @@ void group(const Operands& o, const Chunk& c, const uint8_t* panel, long panels,
   for (long i = 0; i < c.count; i += ROWS) run(o, c, panel, columns, i, n, from, to, y);
 }
 
-inline Scratch& packed_panels() {
-  static thread_local Scratch memory;
-  return memory;
-}
-inline Scratch& chunk_memory() {
-  static thread_local Scratch memory;
-  return memory;
-}
-
 }  // namespace vnni
 
 // 0, or 1 where there is no memory.
@@ -135,26 +126,14 @@ template <class Out>
 int multiply_vnni(const Operands& o, Out* y, int threads) {
   using namespace vnni;
   const long panels = o.panels(), bytes = o.panel_bytes(), width = o.width();
-  uint8_t* packed = (uint8_t*)packed_panels().get(panels * bytes);
-  const long share = round_up((o.M + threads - 1) / threads, ROWS);  // small M: everybody has some, 8 rows at least
-  const long rows = std::min(share, std::max(1L, CHUNK_BYTES / width / ROWS) * ROWS);
-  if (packed == nullptr) return 1;
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    pack(o, packed, FLIP);
-    uint8_t* memory = (uint8_t*)chunk_memory().get(Chunk::bytes(o, rows));
-    failed = memory == nullptr;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (long m = 0; m < o.M; m += rows) {
-      if (failed) continue;
-      const Chunk chunk(o, m, std::min(rows, o.M - m), memory);
-      for (long p = 0; p < panels; p += PANELS)
-        for (long k = 0; k < width; k += PART)
-          group(o, chunk, packed + p * bytes, panels - p, 16 * p, k, std::min(k + PART, width), y);
-    }
-  }
-  return failed;
+  const long rows = rows_at_a_time(o.M, ROWS, CHUNK_BYTES / width, threads);
+  return multiply_pieces((o.M + rows - 1) / rows, panels * bytes, Chunk::bytes(o, rows), threads, [&](uint8_t* packed) { pack(o, packed, FLIP); },
+                         [&](long piece, const uint8_t* packed, uint8_t* own) {
+    const Chunk chunk(o, piece * rows, std::min(rows, o.M - piece * rows), own);
+    for (long p = 0; p < panels; p += PANELS)
+      for (long k = 0; k < width; k += PART)
+        group(o, chunk, packed + p * bytes, panels - p, 16 * p, k, std::min(k + PART, width), y);
+  });
 }
 
 }  // namespace

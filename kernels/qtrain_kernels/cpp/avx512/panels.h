@@ -7,19 +7,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../int8_gemm.h"
 #include "simd.h"
 
 namespace qtrain {
 
 constexpr long LINE = 64;  // bytes; of K, a step of AMX
 
-struct Operands {
-  const int8_t *a, *b;
-  long a_stride, b_stride;  // between rows of a; of b, between rows [N] where b_k_major, else between rows [K]
-  bool b_k_major;
-  const float *a_scale, *b_scale, *bias;  // scales [M], [N]; bias [N] or null
-  long M, N, K;
-
+struct Operands : GemmOperands {
   long width() const { return round_up(std::max(K, 1L), LINE); }
   long panels() const { return (N + 15) / 16; }
   // A panel and one line, so that panels do not all begin in the same set of a cache.
